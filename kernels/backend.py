@@ -1,0 +1,86 @@
+"""The one place that asks about device, driver, Triton and interpreter."""
+
+import logging
+import os
+
+import torch
+from torch import Tensor
+
+
+try:  # Optional: without it every op runs its eager path.
+    import triton
+except ImportError:
+    triton = None
+
+logger = logging.getLogger(__name__)
+
+BACKENDS = ("auto", "triton", "eager")
+GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves "cuda" as well
+
+_explained: set[tuple[str, str]] = set()
+
+
+def resolve_backend(backend: str, *tensors: Tensor, op: str, unsupported_reason: str | None = None) -> str:
+    """Decide whether an op runs its Triton kernels or its eager path.
+
+    Args:
+        backend: `"auto"`, `"triton"` or `"eager"`. `"auto"` takes Triton where it can run and otherwise eager, and
+            logs once per op why. `"triton"` never falls back.
+        *tensors: every tensor argument of the op; they have to share one device.
+        op: name of the op, for messages.
+        unsupported_reason: why the op's kernels cannot take these dtypes or sizes (or that it ships none), in words
+            that complete "... cannot run: "; None if they can.
+
+    Returns:
+        `"triton"` or `"eager"`.
+
+    Raises:
+        ValueError: `backend` is unknown, the tensors are on several devices, or `"triton"` was asked for and cannot
+            run.
+    """
+    if backend not in BACKENDS:
+        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+    devices = {tensor.device for tensor in tensors}
+    if len(devices) != 1:
+        found = ", ".join(sorted(map(str, devices))) or "no tensor"
+        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+    if backend == "eager":
+        return "eager"
+
+    (device,) = devices
+    problem = unsupported_reason or _triton_problem(device.type, allow_interpreter=backend == "triton")
+    if problem is None:
+        return "triton"
+    if backend == "triton":
+        raise ValueError(f"{op}: backend='triton' cannot run: {problem}; pass backend='auto' or 'eager'")
+    _explain_once(op, problem, surprising=device.type in GPU_TYPES)
+    return "eager"
+
+
+def _triton_problem(device_type: str, allow_interpreter: bool) -> str | None:
+    """Why no Triton kernel at all can run on this kind of device; None if one can."""
+    if triton is None:
+        return "Triton is not installed"
+    if device_type not in GPU_TYPES:
+        # The interpreter is for checking kernels, thousands of times slower than eager: only on request.
+        if allow_interpreter and device_type == "cpu" and os.environ.get("TRITON_INTERPRET") == "1":
+            return None
+        return f"the tensors are on {device_type!r}, not on a GPU"
+    return None if torch.compiler.is_compiling() else _driver_problem()
+
+
+def _driver_problem() -> str | None:
+    try:
+        triton.runtime.driver.active.get_current_target()
+    except Exception as error:  # noqa: BLE001 - each Triton driver fails in its own way; the reason is passed on
+        return f"Triton has no live GPU driver ({type(error).__name__}: {error})"
+    return None
+
+
+def _explain_once(op: str, problem: str, surprising: bool) -> None:
+    """Eager is what one expects on a CPU (info), but not with tensors on a GPU (warning)."""
+    # Logging would break the graph under torch.compile; the eager run before or after it explains.
+    if torch.compiler.is_compiling() or (op, problem) in _explained:
+        return
+    _explained.add((op, problem))
+    logger.log(logging.WARNING if surprising else logging.INFO, "%s runs its eager path: %s", op, problem)

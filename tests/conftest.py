@@ -1,0 +1,58 @@
+"""What every test relies on: set before transformers or a kernel is imported, hence at the top of this file."""
+
+import os
+import random
+import shutil
+import tempfile
+
+
+# No test may reach the network or leave modules of remote code in the user's cache.
+HF_HOME = tempfile.mkdtemp(prefix="hf_efficient_tests_")
+os.environ |= {
+    "HF_HOME": HF_HOME,
+    "HF_MODULES_CACHE": os.path.join(HF_HOME, "modules"),
+    "HF_HUB_OFFLINE": "1",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "HF_HUB_DISABLE_PROGRESS_BARS": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+    "TRACKIO_DISABLED": "1",
+}
+UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
+if UNDER_XDIST:  # the workers share the cores; also for the processes that tests start
+    os.environ["OMP_NUM_THREADS"] = "1"
+
+import numpy  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+
+if not torch.cuda.is_available():  # Triton reads it when a kernel is decorated, that is, when it is imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+if UNDER_XDIST:
+    torch.set_num_threads(1)
+
+
+def pytest_unconfigure(config):
+    shutil.rmtree(HF_HOME, ignore_errors=True)
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    """Every test starts from the same random state, whichever ran before it."""
+    random.seed(0)
+    numpy.random.seed(0)
+    torch.manual_seed(0)
+    return 0
+
+
+@pytest.fixture
+def nan_poisoned():
+    """`torch.empty` and its kin come filled with NaN, so a value that nobody wrote cannot pass for a small one."""
+    enabled = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    filling = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.utils.deterministic.fill_uninitialized_memory = filling
+    torch.use_deterministic_algorithms(enabled, warn_only=warn_only)

@@ -1,0 +1,102 @@
+"""What several test files share: the error budget and a process in which hf_efficient does not exist."""
+
+import math
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+ROOT = Path(__file__).resolve().parent.parent
+
+# Hides packages as if they were not installed: `find_spec` gives None, `import` raises ModuleNotFoundError.
+_HIDE = """
+import sys
+class _Hiding:
+    def __init__(self, finder): self.finder = finder
+    def __getattr__(self, name): return getattr(self.finder, name)
+    def find_spec(self, name, path=None, target=None):
+        if name.partition(".")[0] in {hidden!r}: return None
+        return self.finder.find_spec(name, path, target)
+sys.meta_path[:] = [_Hiding(finder) for finder in sys.meta_path]
+"""
+
+
+def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, name: str) -> None:
+    """The one tolerance: at most twice the error of the same-dtype eager computation, plus one ulp.
+
+    Args:
+        actual: the result under test.
+        oracle: the same quantity computed in float64.
+        eager: the same quantity computed the plain way in the dtype of `actual`.
+        name: what is compared, for the message.
+    """
+    assert oracle.dtype == torch.float64, f"{name}: the oracle must be float64, got {oracle.dtype}"
+    assert actual.dtype == eager.dtype, f"{name}: got {actual.dtype}, the eager computation {eager.dtype}"
+    assert actual.shape == oracle.shape == eager.shape, (
+        f"{name}: shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}"
+    )
+    actual_64, oracle, eager_64 = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, oracle, eager))
+    for label, tensor in (("actual", actual_64), ("oracle", oracle), ("eager", eager_64)):
+        assert torch.isfinite(tensor).all(), f"{name}: {label} holds {(~torch.isfinite(tensor)).sum()} non-finite values"
+    if not oracle.numel():
+        return
+    error = (actual_64 - oracle).abs().max().item()
+    eager_error = (eager_64 - oracle).abs().max().item()
+    budget = 2 * eager_error + _ulp(oracle.abs().max().item(), actual.dtype)
+    assert error <= budget, f"{name}: error {error:.3e} exceeds {budget:.3e} (eager computation: {eager_error:.3e})"
+
+
+def _ulp(value: float, dtype: torch.dtype) -> float:
+    """The distance from `value` to the next number of this dtype."""
+    exponent = math.frexp(value)[1] - 1
+    return torch.finfo(dtype).eps * 2.0**exponent if value else torch.finfo(dtype).tiny
+
+
+def subprocess_without_package(
+    code: str,
+    *arguments: object,
+    hidden: tuple[str, ...] = ("hf_efficient",),
+    environment: dict[str, str] | None = None,
+    timeout: float = 300,
+) -> str:
+    """Run `code` (its arguments in `sys.argv[1:]`) where the packages named in `hidden` cannot be imported.
+
+    The process is isolated (`python -I`: no PYTHONPATH, no working directory on the path) and starts in an empty
+    folder. Returns what it printed; fails the test with its standard error if it does not end well.
+    """
+    with tempfile.TemporaryDirectory() as empty:
+        return run_python(
+            "-I",
+            "-c",
+            _HIDE.format(hidden=set(hidden)) + code,
+            *arguments,
+            cwd=empty,
+            environment=environment,
+            timeout=timeout,
+        )
+
+
+def run_python(
+    *arguments: object,
+    cwd: Path | str = ROOT,
+    environment: dict[str, str | None] | None = None,
+    python: Path | str = sys.executable,
+    timeout: float = 300,
+) -> str:
+    """Run a Python process and return its standard output; an environment value of None removes the variable."""
+    variables = os.environ | (environment or {})
+    finished = subprocess.run(
+        [str(python), *map(str, arguments)],
+        cwd=cwd,
+        env={name: value for name, value in variables.items() if value is not None},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+    assert finished.returncode == 0, f"python ended with {finished.returncode}:\n{finished.stdout}\n{finished.stderr}"
+    return finished.stdout
