@@ -17,33 +17,32 @@ logger = logging.getLogger(__name__)
 BACKENDS = ("auto", "triton", "eager")
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves "cuda" as well
 
-_explained: set[tuple[str, str]] = set()
+_explained: set[str] = set()
 
 
-def resolve_backend(backend: str, *tensors: Tensor, op: str, unsupported_reason: str | None = None) -> str:
+def resolve_backend(backend: str, *tensors: Tensor, unsupported_reason: str | None = None) -> str:
     """Decide whether an op runs its Triton kernels or its eager path.
 
     Args:
         backend: `"auto"`, `"triton"` or `"eager"`. `"auto"` takes Triton where it can run and otherwise eager, and
-            logs once per op why. `"triton"` never falls back.
-        *tensors: every tensor argument of the op; they have to share one device.
-        op: name of the op, for messages.
-        unsupported_reason: why the op's kernels cannot take these dtypes or sizes (or that it ships none), in words
-            that complete "... cannot run: "; None if they can.
+            logs why, each reason once. `"triton"` never falls back.
+        *tensors: the tensors the op computes with; they have to share one device.
+        unsupported_reason: why the op's kernels cannot take this call, naming the op ("soft_topk has no kernel for
+            float64"); None if they can.
 
     Returns:
         `"triton"` or `"eager"`.
 
     Raises:
-        ValueError: `backend` is unknown, the tensors are on several devices, or `"triton"` was asked for and cannot
-            run.
+        ValueError: `backend` is unknown, or the tensors are not all on one device.
+        RuntimeError: `"triton"` was asked for and cannot run; the message says why.
     """
     if backend not in BACKENDS:
-        raise ValueError(f"{op}: backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
+        raise ValueError(f"backend must be one of {', '.join(map(repr, BACKENDS))}, got {backend!r}")
     devices = {tensor.device for tensor in tensors}
     if len(devices) != 1:
         found = ", ".join(sorted(map(str, devices))) or "no tensor"
-        raise ValueError(f"{op}: all tensors must be on one device, got {found}")
+        raise ValueError(f"the tensors must all be on one device, got {found}")
     if backend == "eager":
         return "eager"
 
@@ -52,8 +51,8 @@ def resolve_backend(backend: str, *tensors: Tensor, op: str, unsupported_reason:
     if problem is None:
         return "triton"
     if backend == "triton":
-        raise ValueError(f"{op}: backend='triton' cannot run: {problem}; pass backend='auto' or 'eager'")
-    _explain_once(op, problem, surprising=device.type in GPU_TYPES)
+        raise RuntimeError(f"backend='triton' cannot run: {problem}; pass backend='auto' or 'eager'")
+    _explain_once(problem, surprising=device.type in GPU_TYPES)
     return "eager"
 
 
@@ -77,10 +76,10 @@ def _driver_problem() -> str | None:
     return None
 
 
-def _explain_once(op: str, problem: str, surprising: bool) -> None:
+def _explain_once(problem: str, surprising: bool) -> None:
     """Eager is what one expects on a CPU (info), but not with tensors on a GPU (warning)."""
-    # Logging would break the graph under torch.compile; the eager run before or after it explains.
-    if torch.compiler.is_compiling() or (op, problem) in _explained:
+    # Logging would break the graph under torch.compile; a run outside of it explains.
+    if torch.compiler.is_compiling() or problem in _explained:
         return
-    _explained.add((op, problem))
-    logger.log(logging.WARNING if surprising else logging.INFO, "%s runs its eager path: %s", op, problem)
+    _explained.add(problem)
+    logger.log(logging.WARNING if surprising else logging.INFO, "Running on the eager path: %s", problem)

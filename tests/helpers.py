@@ -38,11 +38,13 @@ def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, name: st
     assert oracle.dtype == torch.float64, f"{name}: the oracle must be float64, got {oracle.dtype}"
     assert actual.dtype == eager.dtype, f"{name}: got {actual.dtype}, the eager computation {eager.dtype}"
     assert actual.shape == oracle.shape == eager.shape, (
-        f"{name}: shapes differ: actual {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}"
+        f"{name}: shapes differ: {tuple(actual.shape)}, oracle {tuple(oracle.shape)}, eager {tuple(eager.shape)}"
     )
     actual_64, oracle, eager_64 = (tensor.detach().to("cpu", torch.float64) for tensor in (actual, oracle, eager))
     for label, tensor in (("actual", actual_64), ("oracle", oracle), ("eager", eager_64)):
-        assert torch.isfinite(tensor).all(), f"{name}: {label} holds {(~torch.isfinite(tensor)).sum()} non-finite values"
+        assert torch.isfinite(tensor).all(), (
+            f"{name}: {label} holds {(~torch.isfinite(tensor)).sum()} non-finite values"
+        )
     if not oracle.numel():
         return
     error = (actual_64 - oracle).abs().max().item()

@@ -1,0 +1,47 @@
+"""The table of architectures. Nothing else in the project lists the models.
+
+References are strings of the form "module:name", relative to this package, so that reading the table imports nothing.
+"""
+
+from dataclasses import dataclass, field
+from importlib import import_module
+
+
+def resolve(reference: str) -> type:
+    """The class a "module:name" reference of the table stands for."""
+    module, _, name = reference.partition(":")
+    return getattr(import_module(f"{__package__}.{module}"), name)
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """One row: the configuration, and for each Auto class of transformers the model that it gives.
+
+    Several Auto classes may name one model; an Auto class that the architecture has nothing for is left out.
+    """
+
+    config: str
+    models: dict[str, str] = field(default_factory=dict)
+
+    def config_class(self) -> type:
+        return resolve(self.config)
+
+    def model_classes(self) -> dict[str, type]:
+        """Auto class name -> model class."""
+        return {auto_class: resolve(reference) for auto_class, reference in self.models.items()}
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "performer": Architecture(
+        config="configuration.performer:PerformerConfig",
+        models={
+            "AutoModel": "modeling.performer:PerformerModel",
+            "AutoModelForCausalLM": "modeling.performer:PerformerForCausalLM",
+            "AutoModelForMaskedLM": "modeling.performer:PerformerForMaskedLM",
+            "AutoModelForSequenceClassification": "modeling.performer:PerformerForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling.performer:PerformerForTokenClassification",
+            "AutoModelForQuestionAnswering": "modeling.performer:PerformerForQuestionAnswering",
+            "AutoModelForSeq2SeqLM": "modeling.performer:PerformerForConditionalGeneration",
+        },
+    ),
+}
