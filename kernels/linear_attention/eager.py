@@ -1,0 +1,354 @@
+"""Linear attention chunk by chunk: the fast form for machines without a Triton path.
+
+Only `chunk_size` rows of features exist at a time, so the working set stays in the processor's cache and nothing of
+size length × features is ever stored; the backward pass computes the features again. Inside a chunk the weights are the
+small matrix `A = (Q̂ K̂ᵀ) ∘ D` with `D_ij = exp(s_j - m_i)` for `j ≤ i`, where `s_j` is the key's scale and `m_i` the
+running maximum of the scales; the keys before the chunk are in the state `S`. The values carry a column of ones, so that
+one product gives the numerator and the denominator:
+
+    N = A V̄ + exp(m₀ - m) ∘ (Q̂ S̄),      S̄ ← exp(m₀ - m_C) S̄ + K̂ᵀ (exp(s - m_C) ∘ V̄),      V̄ = [V, 1]
+
+`D` and all the exponentials are at most 1, and row i uses nothing of a later row. Tensors here are flat over batch and
+heads (B·H first), in the computation's dtype.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
+from .state import EMPTY_LOG_SCALE, LinearAttentionState
+
+
+# Rows at a time. Measured on two x86 cores (AVX-512, m = 266, d = 64): 32, 64 and 128 rows are within 10 % for the causal
+# form, which pays for the square inside the chunk; the bidirectional form has no such square.
+CAUSAL_CHUNK = 64
+BIDIRECTIONAL_CHUNK = 128
+
+
+class _Features(NamedTuple):
+    """Features of a chunk `[BH, C, M]`, the logits where the derivative needs them, the keys' scales `[BH, C]`."""
+
+    values: torch.Tensor
+    logits: torch.Tensor | None
+    log_scale: torch.Tensor | None
+
+
+def _features(rows: torch.Tensor, feature_map: FeatureMap, *, is_key: bool, for_backward: bool = False) -> _Features:
+    """`feature_maps.query_features` and `key_features`, in place wherever nothing else needs the tensor."""
+    logits = project(rows, feature_map)
+    if feature_map.function != EXPONENTIAL:
+        values = POINTWISE_FUNCTIONS[feature_map.function].value(logits)
+        values = values + feature_map.epsilon if feature_map.epsilon else values
+        log_scale = logits.new_zeros(logits.shape[:-1]) if is_key else None
+        return _Features(values, logits if for_backward else None, log_scale)
+    if not is_key:
+        values = torch.softmax(logits, dim=-1)
+        return _Features(values.add_(feature_map.epsilon) if feature_map.epsilon else values, None, None)
+    maximum = logits.amax(dim=-1, keepdim=True)
+    # Without a projection and a scale the logits may still be the caller's own tensor.
+    values = torch.sub(logits, maximum, out=None if feature_map.projection is None else logits).exp_()
+    total = values.sum(dim=-1, keepdim=True)
+    values.div_(total)
+    log_scale = (maximum + total.log_()).squeeze(-1)
+    if feature_map.subtract_norm:
+        log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * feature_map.scale**2)
+    return _Features(values.add_(feature_map.epsilon) if feature_map.epsilon else values, None, log_scale)
+
+
+def _features_backward(features: _Features, grad: torch.Tensor, rows: torch.Tensor, feature_map: FeatureMap, is_key):
+    """Gradient with respect to `rows` and to the logits, given `grad` with respect to the features (overwritten).
+
+    A query's features are free up to a factor per row, so `Σ_f φ_f ∂φ_f = 0` for them; a key's scale has the gradient
+    `Σ_f φ_f ∂φ_f`. In both cases the gradient of the softmax inside collapses to the line below.
+    """
+    if feature_map.function != EXPONENTIAL:
+        grad_logits = grad.mul_(POINTWISE_FUNCTIONS[feature_map.function].derivative(features.logits))
+    elif feature_map.epsilon:
+        floor = grad.sum(dim=-1, keepdim=True).mul_(feature_map.epsilon)
+        grad_logits = grad.add_(floor).mul_(features.values - feature_map.epsilon)
+    else:
+        grad_logits = grad.mul_(features.values)
+    if feature_map.projection is None:
+        grad_rows = grad_logits * feature_map.scale
+    else:
+        grad_rows = grad_logits @ (feature_map.projection * feature_map.scale)
+    if is_key and feature_map.function == EXPONENTIAL and feature_map.subtract_norm:
+        grad_rows = grad_rows.addcmul_(grad_logits.sum(dim=-1, keepdim=True), rows, value=-(feature_map.scale**2))
+    return grad_rows, grad_logits
+
+
+class _Inputs(NamedTuple):
+    """Hands out chunks of the inputs, flat over batch and heads and in the computation's dtype."""
+
+    query: torch.Tensor
+    key: torch.Tensor
+    value: torch.Tensor
+    keep: torch.Tensor | None  # [BH, N], True where the key counts
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, query, key, value, mask, dtype):
+        keep = None if mask is None else mask.to(torch.bool).repeat_interleave(query.shape[1], dim=0)
+        return cls(query, key, value, keep, dtype)
+
+    def rows(self, name: str, here: slice) -> torch.Tensor:
+        chunk = getattr(self, name)[:, :, here]
+        return chunk.reshape(-1, *chunk.shape[2:]).to(self.dtype)
+
+    def values_with_ones(self, here: slice) -> torch.Tensor:
+        values = self.rows("value", here)
+        values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
+        # `where`, not a product: what stands at a padded position may be infinite.
+        return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
+
+    def keys(self, here: slice, feature_map: FeatureMap, for_backward: bool = False):
+        rows = self.rows("key", here)
+        if self.keep is not None:
+            rows = torch.where(self.keep[:, here, None], rows, 0)
+        features = _features(rows, feature_map, is_key=True, for_backward=for_backward)
+        if self.keep is not None:
+            features = features._replace(
+                log_scale=torch.where(self.keep[:, here], features.log_scale, EMPTY_LOG_SCALE)
+            )
+        return rows, features
+
+
+def _chunks(length: int, size: int):
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+def _flat_state(state: LinearAttentionState) -> tuple[torch.Tensor, torch.Tensor]:
+    memory = torch.cat([state.key_value, state.key_sum[..., None]], dim=-1).flatten(0, 1)
+    return memory, state.log_scale.flatten()
+
+
+def _unflat_state(memory, maximum, batch_and_heads) -> LinearAttentionState:
+    memory = memory.unflatten(0, batch_and_heads)
+    return LinearAttentionState(
+        memory[..., :-1].contiguous(), memory[..., -1].contiguous(), maximum.reshape(batch_and_heads).clone()
+    )
+
+
+def _divide(numerator: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows `[N, den]` to `N / den` and `den`, with 1 where no key was there (the numerator is 0 there)."""
+    denominator = numerator[..., -1]
+    denominator = denominator.masked_fill(denominator == 0, 1)
+    return numerator[..., :-1] / denominator[..., None], denominator
+
+
+def _decay_matrix(log_scale: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+    """`exp(s_j - m_i)` `[BH, C, C]`. Entries above the diagonal are meaningless and may be infinite: use `tril_`."""
+    return (log_scale[:, None, :] - running[:, :, None]).exp_()
+
+
+def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
+    """Output, final state, denominators `[BH, N]`, and the states before each chunk `[chunks, BH, M, V+1]`, `[chunks, BH]`.
+
+    The last two are empty unless `save_states`.
+    """
+    inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
+    memory, maximum = _flat_state(state)
+    output = value.new_empty(value.shape)
+    flat_output = output.view(-1, *value.shape[2:])
+    denominators = memory.new_empty(memory.shape[0], value.shape[2])
+    chunks = _chunks(value.shape[2], CAUSAL_CHUNK)
+    saved = len(chunks) if save_states else 0
+    memories, maxima = memory.new_empty(saved, *memory.shape), maximum.new_empty(saved, *maximum.shape)
+
+    for index, here in enumerate(chunks):
+        if save_states:
+            memories[index], maxima[index] = memory, maximum
+        q = _features(inputs.rows("query", here), feature_map, is_key=False).values
+        _, (k, _, log_scale) = inputs.keys(here, feature_map)
+        v = inputs.values_with_ones(here)
+        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None])
+        weights = torch.bmm(q, k.mT).mul_(_decay_matrix(log_scale, running)).tril_()
+        numerator = torch.bmm(q, memory).mul_(torch.exp(maximum[:, None] - running)[..., None])
+        numerator.baddbmm_(weights, v)
+        flat_output[:, here], denominators[:, here] = _divide(numerator)
+
+        end = running[:, -1]
+        v.mul_(torch.exp(log_scale - end[:, None])[..., None])
+        memory = torch.baddbmm(memory.mul(torch.exp(maximum - end)[:, None, None]), k.mT, v)
+        maximum = end
+    return output, _unflat_state(memory, maximum, query.shape[:2]), denominators, memories, maxima
+
+
+def causal_backward(
+    grad_output,
+    grad_state,
+    query,
+    key,
+    value,
+    feature_map,
+    wanted,
+    mask,
+    output,
+    denominators,
+    memories,
+    maxima,
+    final_log_scale,
+):
+    """Gradients of query, key, value, of the two initial sums, of the projection and of the bias.
+
+    `wanted` says which of the last two to compute; the others are None.
+    """
+    dtype = denominators.dtype
+    inputs = _Inputs.of(query, key, value, mask, dtype)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    flat_grads = [g.view(-1, *g.shape[2:]) for g in grads]
+    parameters = _ParameterGrads(feature_map, wanted)
+    grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
+    end = final_log_scale.flatten()
+
+    for index, here in reversed(list(enumerate(_chunks(value.shape[2], CAUSAL_CHUNK)))):
+        memory, maximum = memories[index], maxima[index]
+        q_rows = inputs.rows("query", here)
+        q_features = _features(q_rows, feature_map, is_key=False, for_backward=True)
+        k_rows, k_features = inputs.keys(here, feature_map, for_backward=True)
+        q, k, log_scale = q_features.values, k_features.values, k_features.log_scale
+        v = inputs.values_with_ones(here)
+        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None])
+        decay = _decay_matrix(log_scale, running)
+        carried = torch.exp(maximum[:, None] - running)[..., None]
+        to_end = torch.exp(log_scale - end[:, None])[..., None]
+        grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
+
+        weights = torch.bmm(q, k.mT).mul_(decay).tril_()
+        grad_weights = torch.bmm(grad_numerator, v.mT).mul_(decay).tril_()
+        grad_v = torch.baddbmm(torch.bmm(k, grad_memory).mul_(to_end), weights.mT, grad_numerator)
+        grad_k = torch.baddbmm(torch.bmm(v.mul_(to_end), grad_memory.mT), grad_weights.mT, q)
+        carried_grad = grad_numerator.mul_(carried)
+        grad_q = torch.baddbmm(torch.bmm(carried_grad, memory.mT), grad_weights, k)
+        shrink = torch.exp(maximum - end)[:, None, None]
+        grad_memory = torch.baddbmm(grad_memory * shrink, q.mT, carried_grad)
+        end = maximum
+
+        _store_query(flat_grads, parameters, here, q_features, grad_q, q_rows, feature_map)
+        _store_key_value(flat_grads, parameters, inputs, here, k_features, grad_k, k_rows, grad_v, feature_map)
+    grad_memory = grad_memory.unflatten(0, query.shape[:2])
+    return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
+
+
+def bidirectional_forward(query, key, value, feature_map, mask, state):
+    """Output, final state and denominators; the keys may be of another length than the queries."""
+    inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
+    memory, maximum = _flat_state(state)
+    for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
+        _, (k, _, log_scale) = inputs.keys(here, feature_map)
+        end = torch.maximum(log_scale.amax(dim=-1), maximum)
+        v = inputs.values_with_ones(here).mul_(torch.exp(log_scale - end[:, None])[..., None])
+        memory = torch.baddbmm(memory.mul(torch.exp(maximum - end)[:, None, None]), k.mT, v)
+        maximum = end
+    new_state = _unflat_state(memory, maximum, query.shape[:2])
+    output, denominators = read_state(query, feature_map, new_state, value.dtype)
+    return output, new_state, denominators
+
+
+def read_state(query, feature_map, state, output_dtype):
+    """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
+    memory, _ = _flat_state(state)
+    output = query.new_empty(*query.shape[:3], state.key_value.shape[-1], dtype=output_dtype)
+    flat_output = output.view(-1, *output.shape[2:])
+    denominators = memory.new_empty(memory.shape[0], query.shape[2])
+    for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
+        rows = query[:, :, here].reshape(memory.shape[0], -1, query.shape[3]).to(memory.dtype)
+        numerator = torch.bmm(_features(rows, feature_map, is_key=False).values, memory)
+        flat_output[:, here], denominators[:, here] = _divide(numerator)
+    return output, denominators
+
+
+def bidirectional_backward(
+    grad_output,
+    grad_state,
+    query,
+    key,
+    value,
+    feature_map,
+    wanted,
+    mask,
+    output,
+    denominators,
+    state,
+    initial_log_scale,
+):
+    """As `causal_backward`, for `bidirectional_forward`."""
+    dtype = denominators.dtype
+    inputs = _Inputs.of(query, key, value, mask, dtype)
+    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    flat_grads = [g.view(-1, *g.shape[2:]) for g in grads]
+    parameters = _ParameterGrads(feature_map, wanted)
+    memory, maximum = _flat_state(state)
+    grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
+    for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
+        rows = inputs.rows("query", here)
+        features = _features(rows, feature_map, is_key=False, for_backward=True)
+        grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
+        grad_memory = torch.baddbmm(grad_memory, features.values.mT, grad_numerator)
+        grad_q = torch.bmm(grad_numerator, memory.mT)
+        _store_query(flat_grads, parameters, here, features, grad_q, rows, feature_map)
+    for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
+        rows, features = inputs.keys(here, feature_map, for_backward=True)
+        to_end = torch.exp(features.log_scale - maximum[:, None])[..., None]
+        grad_v = torch.bmm(features.values, grad_memory).mul_(to_end)
+        grad_k = torch.bmm(inputs.values_with_ones(here).mul_(to_end), grad_memory.mT)
+        _store_key_value(flat_grads, parameters, inputs, here, features, grad_k, rows, grad_v, feature_map)
+    shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
+    grad_memory = (grad_memory * shrink).unflatten(0, query.shape[:2])
+    return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
+
+
+def step(query, key, value, feature_map, state):
+    """One causal token, all shapes `[B, H, 1, ·]`: output and new state. The decode path: few, small operations."""
+    dtype = state.key_value.dtype
+    rows = key.to(dtype)
+    q = _features(query.to(dtype), feature_map, is_key=False).values
+    k, _, log_scale = _features(rows, feature_map, is_key=True)
+    maximum = torch.maximum(log_scale[..., 0], state.log_scale)
+    k = k * torch.exp(log_scale[..., 0] - maximum)[..., None, None]
+    decay = torch.exp(state.log_scale - maximum)[..., None]
+    key_value = torch.addcmul(state.key_value * decay[..., None], k.mT, value.to(dtype))
+    key_sum = torch.addcmul(k[..., 0, :], state.key_sum, decay)
+    denominator = (q * key_sum[..., None, :]).sum(dim=-1, keepdim=True)
+    output = (q @ key_value) / denominator.masked_fill(denominator == 0, 1)
+    return output.to(value.dtype), LinearAttentionState(key_value, key_sum, maximum)
+
+
+class _ParameterGrads:
+    """Accumulates the gradients of the projection and the bias over the chunks, where somebody wants them."""
+
+    def __init__(self, feature_map: FeatureMap, wanted: tuple[bool, bool]):
+        self.scale = feature_map.scale
+        self.projection = torch.zeros_like(feature_map.projection) if wanted[0] else None
+        self.bias = torch.zeros_like(feature_map.bias) if wanted[1] else None
+
+    def add(self, rows, grad_logits):
+        if self.projection is not None:
+            self.projection.addmm_(grad_logits.flatten(0, 1).mT, rows.flatten(0, 1), alpha=self.scale)
+        if self.bias is not None:
+            self.bias.add_(grad_logits.sum(dim=(0, 1)))
+
+
+def _grad_numerator(grad_output, output, denominators, here, dtype):
+    """Gradient of the rows `[N, den]` from that of `N / den`: `[g, -g·out] / den`."""
+    grad = grad_output[:, :, here].reshape(-1, *grad_output[:, :, here].shape[2:]).to(dtype)
+    out = output[:, :, here].reshape(grad.shape).to(dtype)
+    grad = torch.cat([grad, (grad * out).sum(dim=-1, keepdim=True).neg_()], dim=-1)
+    return grad.div_(denominators[:, here, None])
+
+
+def _store_query(flat_grads, parameters, here, features, grad_features, rows, feature_map):
+    flat_grads[0][:, here], grad_logits = _features_backward(features, grad_features, rows, feature_map, is_key=False)
+    parameters.add(rows, grad_logits)
+
+
+def _store_key_value(flat_grads, parameters, inputs, here, features, grad_features, rows, grad_value, feature_map):
+    grad_rows, grad_logits = _features_backward(features, grad_features, rows, feature_map, is_key=True)
+    grad_value = grad_value[..., :-1]
+    if inputs.keep is not None:
+        keep = inputs.keep[:, here, None]
+        grad_rows, grad_value = torch.where(keep, grad_rows, 0), torch.where(keep, grad_value, 0)
+        grad_logits = torch.where(keep, grad_logits, 0)
+    flat_grads[1][:, here], flat_grads[2][:, here] = grad_rows, grad_value
+    parameters.add(rows, grad_logits)
