@@ -20,9 +20,10 @@ class SelfContainedConfig(PreTrainedConfig):
             # requirement of the checkpoint, and this file travels with it.
             importlib.import_module(f"{package}.remote_code").write_code(self, save_directory)
         elif self._auto_class is not None:
-            # Loaded as remote code: transformers copies the files itself. From the Hub it also prefixed each
-            # auto_map entry with the repository of origin, which the saved folder must not depend on.
-            self.auto_map = {auto: _without_repository(classes) for auto, classes in (self.auto_map or {}).items()}
+            # Loaded as remote code: transformers copies the files itself, all of them (see remote_code.py). An entry
+            # that names the repository it came from would make the saved folder depend on that repository.
+            auto_map = getattr(self, "auto_map", None) or {}
+            self.auto_map = {auto: _without_repository(classes) for auto, classes in auto_map.items()}
         super().save_pretrained(save_directory, push_to_hub=push_to_hub, **kwargs)
 
 
