@@ -1,0 +1,79 @@
+"""Writes docs/conformance.md from the table of skips: `python -m tests.conformance.document` at the root."""
+
+import importlib
+import importlib.metadata
+import re
+import unittest
+from collections import Counter
+from pathlib import Path
+
+from .skips import SKIPS, Skip
+
+
+HERE = Path(__file__).parent
+PATH = HERE.parent.parent / "docs" / "conformance.md"
+
+HEAD = """# transformers' own tests, run on our models
+
+Written by `python -m tests.conformance.document` from `tests/conformance/skips.py`; `tests/conformance/test_table.py`
+keeps it up to date.
+
+`tests/conformance/` runs the common model tests of transformers {version} (ModelTesterMixin, ConfigTester,
+TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixin and its monkey-patching tests, taken from its sdist on
+PyPI when the tests are set up) on every head of every architecture. Tensor-parallel and FSDP tests start two or four
+gloo processes on the CPU. No test is switched off by us: the ones listed below skip themselves. The list is exact: a
+skip that is not in it fails the run, and so does an entry whose test runs. "if" names what makes a test run
+on other machines than the CPU machine of CI.
+
+    pytest tests/conformance -n 2
+"""
+
+ABSENT = """
+## What transformers has and its sdist has not
+
+| mixin | what stands in its place |
+|---|---|
+| GenerationTesterMixin | `tests/test_generation.py` |
+| PipelineTesterMixin (needs a list of models on the Hub) | the pipeline tests of `tests/test_remote_code.py` |
+| ExportTesterMixin | none |
+"""
+
+
+def test_cases() -> list[tuple[str, list[str]]]:
+    """Every test class of this folder with the names of its tests."""
+    cases = []
+    for path in sorted(HERE.glob("test_*.py")):
+        module = importlib.import_module(f"{__package__}.{path.stem}")
+        for name, value in vars(module).items():
+            if isinstance(value, type) and issubclass(value, unittest.TestCase):
+                cases.append((name, unittest.TestLoader().getTestCaseNames(value)))
+    return cases
+
+
+def render() -> str:
+    cases = test_cases()
+    lines = [HEAD.format(version=importlib.metadata.version("transformers"))]
+    lines += ["| test class | tests | run | skip themselves |", "|---|---|---|---|"]
+    for case, tests in cases:
+        skipped = sum(any(skip.covers(case, test) for skip in SKIPS) for test in tests)
+        lines.append(f"| {case} | {len(tests)} | {len(tests) - skipped} | {skipped} |")
+    lines += ["", "## The tests that skip themselves", "", "| why | tests | in | if |", "|---|---|---|---|"]
+    lines += [_row(skip, cases) for skip in SKIPS]
+    return "\n".join(lines) + "\n" + ABSENT
+
+
+def _row(skip: Skip, cases: list[tuple[str, list[str]]]) -> str:
+    covered = {case: [test for test in tests if skip.covers(case, test)] for case, tests in cases}
+    # A parameterised test has one name per case, told apart by `_<number>` or `_<number>_<what>` at the end.
+    stems = Counter(
+        re.sub(r"(?<!attn)_\d+(_\w*)?$", "", test.removeprefix("test_"))
+        for test in sorted(set().union(*covered.values()))
+    )
+    names = ", ".join(f"`{stem}`" + (f" ({count} cases)" if count > 1 else "") for stem, count in stems.items())
+    places = ", ".join(case for case, tests in covered.items() if tests)
+    return f"| {skip.reason} | {names} | {places} | {skip.unless.words if skip.unless else ''} |"
+
+
+if __name__ == "__main__":
+    PATH.parent.mkdir(exist_ok=True)
+    PATH.write_text(render(), encoding="utf-8")
