@@ -93,7 +93,7 @@ def write_toy_package(folder: Path, name: str, changes: dict[str, str] | None = 
     machinery = registry[: registry.index("ARCHITECTURES: ")]
     files = FILES | {
         "__init__.py": (
-            "__version__ = '1.2.3'\nfrom .registration import register_with_transformers\nregister_with_transformers()\n"
+            "__version__ = '1.2.3'\nfrom .registration import register_with_transformers as register\nregister()\n"
         ),
         "registry.py": machinery + REGISTRY_TABLE,
         "registration.py": (ROOT / "hf_efficient/registration.py").read_text(),

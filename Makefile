@@ -1,0 +1,46 @@
+# One environment for everything, set up once; it is brought up to date when a file that describes it changes.
+#
+#   make demo     trains a small Performer on real text for about three minutes, saves it and loads it elsewhere
+#   make test     checks style, then runs every test
+#   make lint     the style checks alone; `make format` applies what they ask for
+#   make bench    speed and memory beside the peer libraries
+#   make compat   a smoke test at the lower ends of the supported version ranges
+
+PYTHON ?= python3
+VENV   := .venv
+RUN    := $(VENV)/bin/python
+STAMP  := $(VENV)/.installed
+# The peer libraries are large and only benchmarks need them all.
+PEERS  := $(VENV)/.peers-installed
+
+.PHONY: demo test lint format bench compat
+.DELETE_ON_ERROR:
+
+demo: $(STAMP)
+	$(RUN) scripts/demo.py
+
+test: lint
+	$(RUN) -m pytest -n 2
+
+lint: $(STAMP)
+	$(RUN) -m ruff format --check
+	$(RUN) -m ruff check
+
+format: $(STAMP)
+	$(RUN) -m ruff check --fix
+	$(RUN) -m ruff format
+
+bench: $(PEERS)
+	$(RUN) scripts/benchmark.py
+
+compat: $(STAMP)
+	$(RUN) scripts/compat.py
+
+$(STAMP): pyproject.toml constraints.txt
+	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)
+	$(RUN) -m pip install --constraint constraints.txt --editable '.[dev]'
+	touch $@
+
+$(PEERS): $(STAMP)
+	$(RUN) -m pip install --constraint constraints.txt --editable '.[peers]'
+	touch $@
