@@ -1,0 +1,228 @@
+"""Config, objective, tokenizer and model of a training run, from a checkpoint or from nothing."""
+
+import dataclasses
+import difflib
+import json
+import re
+
+import torch
+from safetensors import SafetensorError
+from text_data import Objective
+from train_arguments import ModelArguments
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForMaskedLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+
+AUTO_CLASSES = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
+HEAD_SUFFIXES = {"causal": ("ForCausalLM", "LMHeadModel"), "masked": ("ForMaskedLM",)}
+DEFAULT_BLOCK_SIZE = 1024
+OVERRIDE_SEPARATOR = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # a comma before the next "name=", not one in a list
+
+
+def parse_value(text: str):
+    """A JSON value where the text is one, Python's True, False and None, else the text itself."""
+    python_words = {"True": True, "False": False, "None": None}
+    if text in python_words:
+        return python_words[text]
+    try:
+        return json.loads(text)
+    except json.JSONDecodeError:
+        return text
+
+
+def parse_config_overrides(overrides: str | None) -> dict:
+    """`"hidden_size=256,layer_types=[...]"` or a JSON object, as a dict."""
+    if not overrides or not overrides.strip():
+        return {}
+    if overrides.lstrip().startswith("{"):
+        try:
+            return json.loads(overrides)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"--config_overrides must be a valid JSON object, got {overrides!r}: {error}") from error
+    values = {}
+    for pair in OVERRIDE_SEPARATOR.split(overrides):
+        name, equals, value = pair.partition("=")
+        if not equals or not name.strip():
+            raise ValueError(f"--config_overrides must be name=value pairs parted by commas, got {pair!r}")
+        values[name.strip()] = parse_value(value.strip())
+    return values
+
+
+def config_fields(config_class: type[PreTrainedConfig]) -> set[str]:
+    """Every name the config understands, aliases included."""
+    return {field.name for field in dataclasses.fields(config_class)} | set(config_class.attribute_map)
+
+
+def check_override_names(config_class: type[PreTrainedConfig], overrides: dict) -> None:
+    # Unknown names would become attributes that nothing reads: the run would silently be another one than asked for.
+    known = config_fields(config_class)
+    for name in overrides:
+        if name not in known:
+            near = difflib.get_close_matches(name, known)
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ValueError(f"--config_overrides must name fields of {config_class.__name__}, got {name!r}{hint}")
+
+
+def hub_options(arguments: ModelArguments) -> dict:
+    return {
+        "revision": arguments.model_revision,
+        "token": arguments.token,
+        "trust_remote_code": arguments.trust_remote_code,
+    }
+
+
+def fields_from_tokenizer(tokenizer: PreTrainedTokenizerBase, known: set[str]) -> dict:
+    """What a model trained from nothing takes from its tokenizer: the size of the vocabulary and the special ids."""
+    fields = {"vocab_size": len(tokenizer)}
+    fields |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
+    return {name: value for name, value in fields.items() if name in known}
+
+
+def load_config(arguments: ModelArguments) -> PreTrainedConfig:
+    """The config before the tokenizer has its say: it decides the objective, and the objective the tokenizer."""
+    overrides = parse_config_overrides(arguments.config_overrides)
+    if arguments.model_type is not None:
+        if arguments.model_type not in CONFIG_MAPPING:
+            near = difflib.get_close_matches(arguments.model_type, CONFIG_MAPPING.keys())
+            hint = f"; near: {', '.join(near)}" if near else ""
+            raise ValueError(f"--model_type must be known to AutoConfig, got {arguments.model_type!r}{hint}")
+        check_override_names(CONFIG_MAPPING[arguments.model_type], overrides)
+        # Built with the overrides and not changed after: fields that are derived from others come out right.
+        return AutoConfig.for_model(arguments.model_type, **overrides)
+    source = arguments.model_name_or_path or arguments.config_name
+    options = hub_options(arguments)
+    config = AutoConfig.from_pretrained(source, **options)
+    if overrides:
+        check_override_names(type(config), overrides)
+        config = AutoConfig.from_pretrained(source, **options, **overrides)
+    return config
+
+
+def with_tokenizer(
+    config: PreTrainedConfig, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedConfig:
+    """The config with vocabulary and special ids of the tokenizer, unless --config_overrides sets them."""
+    overrides = parse_config_overrides(arguments.config_overrides)
+    fields = fields_from_tokenizer(tokenizer, config_fields(type(config)))
+    fields = {name: value for name, value in fields.items() if name not in overrides}
+    if arguments.model_type is not None:
+        config = AutoConfig.for_model(arguments.model_type, **{**fields, **overrides})
+    else:
+        config = AutoConfig.from_pretrained(arguments.config_name, **hub_options(arguments), **{**fields, **overrides})
+    if config.vocab_size < len(tokenizer):
+        raise ValueError(
+            f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}"
+        )
+    return config
+
+
+def has_head(config: PreTrainedConfig, objective: Objective) -> bool:
+    auto_class = AUTO_CLASSES[objective]
+    return type(config) in auto_class._model_mapping or auto_class.__name__ in (
+        getattr(config, "auto_map", None) or {}
+    )
+
+
+def resolve_objective(config: PreTrainedConfig, wish: Objective | None) -> Objective:
+    """The objective asked for, or the one that the checkpoint, or else the architecture, is made for.
+
+    Raises:
+        ValueError: an encoder-decoder; no head for the objective; an architecture that looks ahead, trained causally.
+    """
+    kind = config.model_type
+    if config.is_encoder_decoder:
+        raise ValueError(f"train.py trains decoders and encoders, got the encoder-decoder {kind!r}")
+    heads = [objective for objective in AUTO_CLASSES if has_head(config, objective)]
+    # BERT and its kin have a causal head too, but look ahead unless is_decoder is set.
+    looks_ahead = "masked" in heads and getattr(config, "is_decoder", None) is False
+    trained_for = next(
+        (
+            objective
+            for objective, suffixes in HEAD_SUFFIXES.items()
+            if any(name.endswith(suffixes) for name in config.architectures or [])
+        ),
+        None,
+    )
+    objective = wish or trained_for or ("masked" if looks_ahead else next(iter(heads), None))
+    if objective not in heads:
+        raise ValueError(f"--objective must be one that {kind!r} has a head for ({heads}), got {objective!r}")
+    if objective == "causal" and looks_ahead:
+        raise ValueError(
+            f"--objective causal needs a model that does not look ahead, got {kind!r} with is_decoder=False: pass "
+            "--objective masked, or --config_overrides is_decoder=True"
+        )
+    return objective
+
+
+def resolve_block_size(config: PreTrainedConfig, wish: int | None) -> int:
+    limit = getattr(config, "max_position_embeddings", None)
+    if not isinstance(limit, int) or limit < 1:
+        return wish or DEFAULT_BLOCK_SIZE
+    if wish is not None and wish > limit:
+        raise ValueError(f"--block_size must be at most the model's max_position_embeddings of {limit}, got {wish}")
+    return wish or min(DEFAULT_BLOCK_SIZE, limit)
+
+
+def resolve_dtype(name: str | None) -> torch.dtype | str:
+    if name == "auto":
+        return "auto"
+    dtype = getattr(torch, name or "float32", None)
+    if not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ValueError(f"--dtype must be auto or a floating-point dtype such as bfloat16, got {name!r}")
+    return dtype
+
+
+def load_model(
+    config: PreTrainedConfig, arguments: ModelArguments, objective: Objective, tokenizer: PreTrainedTokenizerBase
+) -> PreTrainedModel:
+    auto_class, dtype = AUTO_CLASSES[objective], resolve_dtype(arguments.dtype)
+    if arguments.model_name_or_path is None:
+        model = auto_class.from_config(
+            config,
+            dtype=torch.float32 if dtype == "auto" else dtype,
+            trust_remote_code=arguments.trust_remote_code,
+        )
+    else:
+        try:
+            model = auto_class.from_pretrained(
+                arguments.model_name_or_path, config=config, dtype=dtype, **hub_options(arguments)
+            )
+        except SafetensorError as error:
+            raise ValueError(
+                f"--model_name_or_path must hold whole weights, got {arguments.model_name_or_path!r}: {error}"
+            ) from error
+        if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
+            model.resize_token_embeddings(len(tokenizer))
+    if objective == "causal":
+        require_causal(model)
+    return model
+
+
+@torch.no_grad()
+def require_causal(model: PreTrainedModel) -> None:
+    """Changes the last of eight tokens and looks whether an earlier prediction moves.
+
+    Raises:
+        ValueError: one does. Bits per byte of a model that sees what it predicts would mean nothing.
+    """
+    vocabulary = model.get_input_embeddings().weight.shape[0]
+    tokens = (vocabulary // 2 + torch.arange(8)).remainder(vocabulary)[None].to(model.device)
+    changed = tokens.clone()
+    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
+    was_training = model.training
+    model.eval()
+    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() for ids in (tokens, changed))
+    model.train(was_training)
+    moved = (before - after).abs().max().item()
+    if moved > 1e-3 * before.abs().max().item():
+        raise ValueError(
+            f"--objective causal needs a model that does not look ahead, got {type(model).__name__}, whose earlier "
+            f"logits move by {moved:.2g} when only the last token changes"
+        )
