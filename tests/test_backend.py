@@ -1,0 +1,105 @@
+"""The choice between Triton and eager: kernels/backend.py."""
+
+import logging
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from hf_efficient.kernels import backend
+from hf_efficient.kernels.backend import resolve_backend
+
+
+@pytest.fixture(autouse=True)
+def nothing_explained_yet(monkeypatch):
+    monkeypatch.setattr(backend, "_explained", set())
+
+
+def on_gpu(kind="cuda"):
+    """What resolve_backend looks at in a tensor, on a machine without a GPU."""
+    return SimpleNamespace(device=torch.device(kind, 0))
+
+
+def live_triton(target=lambda: "cuda:90"):
+    return SimpleNamespace(
+        runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(get_current_target=target)))
+    )
+
+
+@pytest.mark.parametrize("name", ["cuda", "Triton", "", None])
+def test_unknown_backend_is_refused(name):
+    with pytest.raises(ValueError, match=r"backend must be one of 'auto', 'triton', 'eager', got"):
+        resolve_backend(name, torch.ones(1))
+
+
+def test_tensors_on_several_devices_are_refused():
+    with pytest.raises(ValueError, match="one device, got cpu, cuda:0"):
+        resolve_backend("eager", torch.ones(1), on_gpu())
+    with pytest.raises(ValueError, match="got no tensor"):
+        resolve_backend("auto")
+
+
+def test_eager_is_always_eager():
+    assert resolve_backend("eager", on_gpu()) == "eager"
+
+
+@pytest.mark.parametrize("interpret", ["0", "1"])
+def test_auto_on_a_cpu_is_eager_whatever_the_interpreter(monkeypatch, interpret):
+    monkeypatch.setenv("TRITON_INTERPRET", interpret)
+    assert resolve_backend("auto", torch.ones(1)) == "eager"
+
+
+def test_triton_on_a_cpu_needs_the_interpreter(monkeypatch):
+    monkeypatch.setattr(backend, "triton", live_triton())
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert resolve_backend("triton", torch.ones(1)) == "triton"
+    monkeypatch.delenv("TRITON_INTERPRET")
+    with pytest.raises(RuntimeError, match="the tensors are on 'cpu', not on a GPU"):
+        resolve_backend("triton", torch.ones(1))
+
+
+def test_auto_on_a_gpu_takes_triton(monkeypatch):
+    monkeypatch.setattr(backend, "triton", live_triton())
+    assert resolve_backend("auto", on_gpu(), on_gpu()) == "triton"
+    assert resolve_backend("auto", on_gpu("xpu")) == "triton"
+
+
+def no_driver():
+    raise RuntimeError("0 active drivers")
+
+
+@pytest.mark.parametrize(
+    ("installed", "unsupported", "reason"),
+    [
+        pytest.param(None, None, "Triton is not installed", id="no-triton"),
+        pytest.param(live_triton(no_driver), None, "no live GPU driver .RuntimeError: 0 active", id="no-driver"),
+        pytest.param(live_triton(), "an_op has no kernel for float64", "an_op has no kernel for float64", id="op"),
+    ],
+)
+def test_auto_says_once_why_a_gpu_is_not_used_and_triton_raises_it(
+    monkeypatch, caplog, installed, unsupported, reason
+):
+    monkeypatch.setattr(backend, "triton", installed)
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        for _ in range(3):
+            assert resolve_backend("auto", on_gpu(), unsupported_reason=unsupported) == "eager"
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    with pytest.raises(RuntimeError, match=reason) as raised:
+        resolve_backend("triton", on_gpu(), unsupported_reason=unsupported)
+    assert record.message.partition(": ")[2] in str(raised.value)
+
+
+def test_eager_on_a_cpu_is_no_reason_to_warn(caplog):
+    with caplog.at_level(logging.INFO, logger=backend.__name__):
+        resolve_backend("auto", torch.ones(1))
+    assert [record.levelno for record in caplog.records] == [logging.INFO]
+
+
+def test_the_choice_does_not_break_a_compiled_graph():
+    def double(tensor):
+        assert resolve_backend("auto", tensor, unsupported_reason="doubling has no kernels") == "eager"
+        return 2 * tensor
+
+    compiled = torch.compile(double, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(2)).tolist() == [2, 2]
