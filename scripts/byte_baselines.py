@@ -6,9 +6,9 @@
 - **zlib**: the held-out documents as one deflate stream at level 9. Deflate looks back 32 KB at most, so all it can be
   given of the training text is a preset dictionary, here the training text's last 32 KB. 8 * compressed bytes / bytes.
 - **bigram, trigram**: bytes predicted from the one or two before them, with counts over the whole training text and
-  Witten-Bell interpolation: P(c | h) = (n(h c) + t(h) P(c | h')) / (n(h) + t(h)), where h' is h without its first byte,
-  t(h) the number of different symbols seen behind h, and below the unigram every symbol is equally likely. There is
-  nothing to tune. The alphabet is 256 bytes and one boundary, which ends each document and stands before the first:
+  Witten-Bell interpolation: P(c | h) = (n(h c) + t(h) P(c | h')) / (n(h) + t(h)), where h' is h without its first
+  byte, t(h) the number of different symbols seen behind h, and below the unigram every symbol is equally likely. There
+  is nothing to tune. The alphabet is 256 bytes and one boundary, which ends each document and stands before the first:
   boundaries are predicted and paid for, as they are by the model these figures stand beside.
 """
 

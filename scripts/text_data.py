@@ -1,8 +1,8 @@
 """Documents to packed blocks of tokens, and how many bytes of text those blocks score.
 
 Documents are tokenised, joined with one separator token behind each, and cut into blocks of equal length, so no
-compute goes into padding. The held-out side is cut so that **every token is scored exactly once**, which makes bits per
-byte a property of the text and not of the block size:
+compute goes into padding. The held-out side is cut so that **every token is scored exactly once**, which makes bits
+per byte a property of the text and not of the block size:
 
 - causal: the stream starts with a separator, and each block repeats the last token of the one before it as context,
   for the model predicts `block_size - 1` tokens of each block;
@@ -34,7 +34,7 @@ EVALUATION_MASK_SEED = 0
 
 
 class EvaluationBlocks(NamedTuple):
-    """Held-out blocks with labels, the number of labels that are scored, and the UTF-8 bytes of the text they score."""
+    """Held-out blocks with labels, how many labels are scored, and the UTF-8 bytes of the text they score."""
 
     blocks: Dataset
     scored_tokens: int

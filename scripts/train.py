@@ -1,4 +1,4 @@
-"""Trains or fine-tunes a language model with `Trainer`: Performer and its siblings, or any architecture of transformers.
+"""Trains or fine-tunes a language model with `Trainer`: Performer, its siblings, or any that the Auto classes know.
 
     python scripts/train.py --model_type performer --config_overrides "hidden_size=256,num_hidden_layers=4" \
         --output_dir out --do_train --do_eval
@@ -148,8 +148,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         config = with_tokenizer(config, model_arguments, tokenizer)
     resume_point = prepare_output(output_arguments, training)
 
-    train_blocks, evaluation, description = prepare_text(data_arguments, training, tokenizer, objective, block_size)
     model = load_model(config, model_arguments, objective, tokenizer)
+    train_blocks, evaluation, description = prepare_text(data_arguments, training, tokenizer, objective, block_size)
     logger.info(
         "%s objective, %s parameters, %s training blocks and %s held-out blocks of %s tokens from %s",
         objective,

@@ -43,7 +43,7 @@ class ModelArguments:
     objective: str | None = field(
         default=None,
         metadata={
-            "help": "causal or masked; default: what the checkpoint was trained for, else what its architecture is for",
+            "help": "causal or masked; default: what the checkpoint was trained for, else causal if it has the head",
             "choices": ["causal", "masked"],
         },
     )

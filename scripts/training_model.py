@@ -131,17 +131,15 @@ def has_head(config: PreTrainedConfig, objective: Objective) -> bool:
 
 
 def resolve_objective(config: PreTrainedConfig, wish: Objective | None) -> Objective:
-    """The objective asked for, or the one that the checkpoint, or else the architecture, is made for.
+    """The objective asked for, or what the checkpoint was trained for, or else the first the architecture has.
 
     Raises:
-        ValueError: an encoder-decoder; no head for the objective; an architecture that looks ahead, trained causally.
+        ValueError: an encoder-decoder, or no head for the objective.
     """
     kind = config.model_type
     if config.is_encoder_decoder:
         raise ValueError(f"train.py trains decoders and encoders, got the encoder-decoder {kind!r}")
     heads = [objective for objective in AUTO_CLASSES if has_head(config, objective)]
-    # BERT and its kin have a causal head too, but look ahead unless is_decoder is set.
-    looks_ahead = "masked" in heads and getattr(config, "is_decoder", None) is False
     trained_for = next(
         (
             objective
@@ -150,14 +148,9 @@ def resolve_objective(config: PreTrainedConfig, wish: Objective | None) -> Objec
         ),
         None,
     )
-    objective = wish or trained_for or ("masked" if looks_ahead else next(iter(heads), None))
+    objective = wish or trained_for or next(iter(heads), None)
     if objective not in heads:
         raise ValueError(f"--objective must be one that {kind!r} has a head for ({heads}), got {objective!r}")
-    if objective == "causal" and looks_ahead:
-        raise ValueError(
-            f"--objective causal needs a model that does not look ahead, got {kind!r} with is_decoder=False: pass "
-            "--objective masked, or --config_overrides is_decoder=True"
-        )
     return objective
 
 
@@ -166,7 +159,10 @@ def resolve_block_size(config: PreTrainedConfig, wish: int | None) -> int:
     if not isinstance(limit, int) or limit < 1:
         return wish or DEFAULT_BLOCK_SIZE
     if wish is not None and wish > limit:
-        raise ValueError(f"--block_size must be at most the model's max_position_embeddings of {limit}, got {wish}")
+        raise ValueError(
+            f"--block_size must be at most the model's max_position_embeddings of {limit}, got {wish} "
+            "(a model trained from scratch takes more with --config_overrides max_position_embeddings=...)"
+        )
     return wish or min(DEFAULT_BLOCK_SIZE, limit)
 
 
@@ -221,8 +217,11 @@ def require_causal(model: PreTrainedModel) -> None:
     before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() for ids in (tokens, changed))
     model.train(was_training)
     moved = (before - after).abs().max().item()
-    if moved > 1e-3 * before.abs().max().item():
+    # Rounding may differ between the two; a leak shows in every digit.
+    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-2
+    if not moved <= tolerance * before.abs().max().item():
         raise ValueError(
             f"--objective causal needs a model that does not look ahead, got {type(model).__name__}, whose earlier "
-            f"logits move by {moved:.2g} when only the last token changes"
+            f"logits move by {moved:.2g} when only the last token changes: pass --objective masked, or "
+            "--config_overrides is_decoder=True where the architecture has that field"
         )
