@@ -9,6 +9,7 @@ imported from the middle of modules that our models need in turn (`modeling_laye
 import importlib
 import sys
 import threading
+from contextlib import contextmanager
 
 from .registry import ARCHITECTURES
 
@@ -46,18 +47,27 @@ _thread = threading.local()  # .depth: how many watched modules this thread is i
 
 
 def _register_what_is_ready() -> None:
-    for module in [module for module in _pending if module in sys.modules]:
-        # Taken out first: registering imports modules, which leads here again, and other threads come here too.
-        register = _pending.pop(module, None)
-        if register is None:
+    for module in (CONFIGURATION_AUTO, MODELING_AUTO):
+        # Taken out before it is done: several threads come here.
+        if module not in sys.modules or (register := _pending.pop(module, None)) is None:
             continue
         try:
-            register()
+            with _importing():  # what registering imports must not lead here again
+                register()
         except Exception as error:
             _pending[module] = register
             raise ImportError(f"{__package__} could not register its models with {module}: {error}") from error
     if not _pending and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
+
+
+@contextmanager
+def _importing():
+    _thread.depth = getattr(_thread, "depth", 0) + 1
+    try:
+        yield
+    finally:
+        _thread.depth -= 1
 
 
 class _WatchingFinder:
@@ -87,11 +97,8 @@ class _WatchingLoader:
     def exec_module(self, module):
         # The module keeps its true loader: inspect, pkgutil and importlib.resources ask it for sources and files.
         module.__loader__ = module.__spec__.loader = self._loader
-        _thread.depth = getattr(_thread, "depth", 0) + 1
-        try:
+        with _importing():
             self._loader.exec_module(module)
-        finally:
-            _thread.depth -= 1
         if _thread.depth == 0:
             _register_what_is_ready()
 
