@@ -1,0 +1,42 @@
+"""Norms chosen by name, and the learned scalars that stand in for a norm."""
+
+import torch
+from torch import nn
+
+
+class ScaleNorm(nn.Module):
+    """`g · x / |x|` with one learned number `g` (arXiv 1910.05895, section 3.2)."""
+
+    def __init__(self, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.g = nn.Parameter(torch.ones(1))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        norm = hidden_states.float().norm(dim=-1, keepdim=True).clamp(min=self.eps)
+        return (hidden_states / norm).to(hidden_states.dtype) * self.g
+
+
+class ReZeroScale(nn.Module):
+    """A learned factor on a residual branch (arXiv 2003.04887).
+
+    It starts small instead of at zero, so that what is inside the branch has a gradient from the first step on.
+    """
+
+    INITIAL = 1e-3
+
+    def __init__(self):
+        super().__init__()
+        self.g = nn.Parameter(torch.full((1,), self.INITIAL))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return hidden_states * self.g
+
+
+def make_norm(kind: str, size: int, eps: float) -> nn.Module:
+    """The norm called `kind` (`"layer_norm"`, `"rms_norm"`, `"scale_norm"`); identity for `"rezero"` and `"none"`."""
+    if kind == "layer_norm":
+        return nn.LayerNorm(size, eps=eps)
+    if kind == "rms_norm":
+        return nn.RMSNorm(size, eps=eps)
+    return ScaleNorm(eps) if kind == "scale_norm" else nn.Identity()

@@ -1,0 +1,46 @@
+"""What a Performer's blocks need beside hidden states: positions, and one mask for each way in which a block may look."""
+
+import torch
+from transformers.masking_utils import (
+    create_bidirectional_mask,
+    create_causal_mask,
+    create_recurrent_attention_mask,
+)
+
+
+def count_positions(attention_mask, past_length, length: int, device) -> torch.Tensor:
+    """Positions `[B or 1, length]`, counted over real tokens, so that padding on the left changes nothing."""
+    if attention_mask is None or isinstance(attention_mask, dict) or attention_mask.ndim != 2:
+        return (torch.arange(length, device=device) + past_length)[None]
+    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def make_attention_masks(
+    config, hidden_states, mask, position_ids, past_key_values, encoder_hidden_states, encoder_mask
+) -> dict[str, torch.Tensor | None]:
+    """The masks that the blocks choose from, each None where nothing is masked or no block needs it.
+
+    Returns:
+        `"padding"` `[B, N]`: real tokens among the new ones, for linear heads and the token shift.
+        `"window"` `[B, everything seen]`: the same over all tokens, for local heads, which also see cached keys.
+        `"full"`: whatever transformers makes for softmax layers, in the form that their implementation wants.
+        `"encoder_padding"` `[B, K]`, `"encoder_full"`: the same two for cross-attention.
+    """
+    masks = dict.fromkeys(("padding", "window", "full", "encoder_padding", "encoder_full"))
+    if isinstance(mask, dict):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
+        return {**masks, "full": mask["full_attention"]}
+    kinds = set(config.layer_types)
+    if kinds != {"full_attention"}:
+        masks["padding"] = create_recurrent_attention_mask(config, hidden_states, mask, past_key_values)
+        masks["window"] = mask
+        masks["encoder_padding"] = encoder_mask
+    if "full_attention" in kinds:
+        common = {"config": config, "inputs_embeds": hidden_states, "attention_mask": mask}
+        if config.is_decoder:
+            masks["full"] = create_causal_mask(**common, past_key_values=past_key_values, position_ids=position_ids)
+        else:
+            masks["full"] = create_bidirectional_mask(**common)
+        if encoder_hidden_states is not None:
+            common["attention_mask"] = encoder_mask
+            masks["encoder_full"] = create_bidirectional_mask(**common, encoder_hidden_states=encoder_hidden_states)
+    return masks
