@@ -6,8 +6,10 @@ import json
 import sys
 
 import pytest
+import transformers
 from helpers import ROOT, run_python
 from toy_package import write_toy_package
+from transformers import PreTrainedModel
 
 import hf_efficient
 from hf_efficient.registry import ARCHITECTURES
@@ -28,8 +30,6 @@ def test_each_row_names_classes_that_fit_together(model_type):
 
 @architectures
 def test_the_auto_classes_give_our_models(model_type):
-    import transformers
-
     architecture = ARCHITECTURES[model_type]
     config = transformers.AutoConfig.for_model(model_type)
     assert type(config) is architecture.config_class()
@@ -47,12 +47,14 @@ def test_every_model_class_is_in_the_table_and_public(model_type):
         assert name in dir(hf_efficient)
         value = getattr(hf_efficient, name)
         assert value.__module__ == f"hf_efficient.{module}"
-        modules_public_names = importlib.import_module(value.__module__).__all__
-        assert name in modules_public_names
-    listed = {reference.partition(":")[2] for reference in architecture.models.values()}
     module = importlib.import_module(architecture.model_classes()["AutoModel"].__module__)
-    heads = {name for name in module.__all__ if "For" in name or name.endswith("Model")}
-    assert heads - {name for name in heads if name.endswith("PreTrainedModel")} == listed
+    defined = {
+        name
+        for name, value in vars(module).items()
+        if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
+    }
+    listed = {reference.partition(":")[2] for reference in architecture.models.values()}
+    assert {name for name in defined if not name.endswith("PreTrainedModel")} == listed
 
 
 def test_type_checkers_see_exactly_the_public_names():
@@ -73,11 +75,10 @@ def test_an_unknown_name_is_an_attribute_error():
 
 
 def test_reloading_the_package_is_harmless():
-    from transformers import AutoModel
-
-    before = dict(AutoModel._model_mapping._extra_content)
+    mapping = transformers.AutoModel._model_mapping
+    before = dict(mapping._extra_content)
     importlib.reload(hf_efficient)
-    assert AutoModel._model_mapping._extra_content == before
+    assert mapping._extra_content == before
     assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_WatchingFinder"]
 
 
