@@ -69,13 +69,13 @@ class PerformerConfig(SelfContainedConfig):
         num_random_features (`int`, *optional*): number of features, `int(head_dim * ln(head_dim))` if not given. Even
             for `"hyperbolic"`; without effect for the maps without a projection.
         orthogonal_features (`bool`, defaults to `True`): rows of the projection orthogonal in blocks of `head_dim`.
-        feature_scaling (`str`, defaults to `"chi"`): norm of the orthogonal rows: `"chi"` (that of Gaussian rows, hence
-            unbiased) or `"sqrt_dim"` (all `sqrt(head_dim)`, the paper's SMREG).
+        feature_scaling (`str`, defaults to `"chi"`): norm of the orthogonal rows: `"chi"` (that of Gaussian rows,
+            hence unbiased) or `"sqrt_dim"` (all `sqrt(head_dim)`, the paper's SMREG).
         feature_redraw_interval (`int`, *optional*, defaults to 1000): number of training forwards between two draws of
             the projections; None never draws again.
         feature_seed (`int`, defaults to 0): with layer and number of draws, decides every projection.
-        feature_epsilon (`float`, *optional*): the stabiliser, 1e-6 for the exponential maps (relative to the sum of the
-            token's features), 1e-3 for the pointwise ones if not given.
+        feature_epsilon (`float`, *optional*): the stabiliser, 1e-6 for the exponential maps (relative to the sum of
+            the token's features), 1e-3 for the pointwise ones if not given.
         expected_pair_norm (`float`, *optional*): what `"optimal_positive"` takes `E|q + k|²/sqrt(head_dim)` for,
             `2 * sqrt(head_dim)` (standard normal queries and keys) if not given. `calibrate_features` measures it.
         feature_stabilizer (`str`, defaults to `"running"`): `"running"` is causal and exact. `"sequence"` is
@@ -101,20 +101,22 @@ class PerformerConfig(SelfContainedConfig):
         max_position_embeddings (`int`, defaults to 8192): size of the learned tables; the others have no limit.
         axial_position_shape (`list[int]`, *optional*): rows and columns, `(ceil(max_position_embeddings / 64), 64)` if
             not given.
-        shift_tokens (`bool`, defaults to `False`): half of the channels come from the previous token (a third each from
-            both neighbours in an encoder) before each self-attention and its feed-forward.
+        shift_tokens (`bool`, defaults to `False`): half of the channels come from the previous token (a third each
+            from both neighbours in an encoder) before each self-attention and its feed-forward.
         reversible (`bool`, defaults to `False`): reversible residual stack (arXiv 2001.04451) whose activations are
             computed again in the backward pass. Hidden states of its blocks cannot be recorded.
         is_decoder (`bool`, defaults to `False`): causal attention. `PerformerForCausalLM` sets it.
         add_cross_attention (`bool`, defaults to `False`): cross-attention in every block.
         cross_attention_feed_forward (`bool`, defaults to `False`): a second feed-forward per block, so that self- and
             cross-attention each have one, as in performer-pytorch.
-        encoder_overrides (`dict`, *optional*): fields of this class in which the encoder of an encoder–decoder differs.
+        encoder_overrides (`dict`, *optional*): fields of this class in which the encoder of an encoder–decoder
+            differs.
         share_embeddings (`bool`, defaults to `True`): encoder and decoder share their token embeddings, if those are
             tied to the head as well (`tie_word_embeddings`).
         kernel_backend (`str`, defaults to `"auto"`): `"auto"`, `"eager"` or `"triton"`, see `kernels/backend.py`.
         initializer_range (`float`, defaults to 0.02): standard deviation of initial weights.
-        use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: as everywhere.
+        use_cache, tie_word_embeddings, pad_token_id, bos_token_id, eos_token_id, decoder_start_token_id: as in every
+            model of transformers.
 
     Raises:
         ValueError: fields that cannot go together; the message names them. (Wrong types raise too, see `strict`.)
@@ -188,9 +190,9 @@ class PerformerConfig(SelfContainedConfig):
     local_attention_type: Literal["sliding", "bucketed"] = "sliding"
     local_rotary: bool = True
     shifted_local_rotary: bool = False
-    position_embedding_type: Literal[
-        "rotary", "sinusoidal", "learned", "axial", "none", "rotary_and_sinusoidal"
-    ] = "rotary"
+    position_embedding_type: Literal["rotary", "sinusoidal", "learned", "axial", "none", "rotary_and_sinusoidal"] = (
+        "rotary"
+    )
     rotary_emb_base: float | int = 10000.0
     max_position_embeddings: int = 8192
     axial_position_shape: list[int] | None = None
@@ -215,8 +217,8 @@ class PerformerConfig(SelfContainedConfig):
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
-                    f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}) unless head_dim "
-                    f"is given, got {self.hidden_size}"
+                    f"hidden_size must be a multiple of num_attention_heads ({self.num_attention_heads}) unless "
+                    f"head_dim is given, got {self.hidden_size}"
                 )
             self.head_dim = self.hidden_size // self.num_attention_heads
         self._check_positive("head_dim")
@@ -295,7 +297,8 @@ class PerformerConfig(SelfContainedConfig):
             raise ValueError(f"layer_types must hold 'linear_attention' or 'full_attention', got {unknown}")
         if len(self.layer_types) != self.num_hidden_layers:
             raise ValueError(
-                f"layer_types must have num_hidden_layers ({self.num_hidden_layers}) entries, got {len(self.layer_types)}"
+                f"layer_types must have num_hidden_layers ({self.num_hidden_layers}) entries, got "
+                f"{len(self.layer_types)}"
             )
 
     def validate_architecture(self):

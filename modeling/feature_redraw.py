@@ -55,7 +55,8 @@ def redraw_and_capture(model) -> list[dict[str, Tensor]]:
     """Each block's projections for one forward of a `PerformerModel`; in training, after a draw if it is time for one.
 
     The captured copies make a forward, its backward and a recomputation of it use the same features even if another
-    forward has drawn new ones in between. Without redraws the blocks read their buffers, and the result is empty dicts.
+    forward has drawn new ones in between. Without redraws the blocks read their buffers, and the result is empty
+    dicts.
     """
     config = model.config
     captured: list[dict[str, Tensor]] = [{} for _ in model.layers]

@@ -65,6 +65,6 @@ def check_positions(position_ids, config) -> None:
     last = int(position_ids.max())
     if last >= config.max_position_embeddings:
         raise ValueError(
-            f"the sequence must end before position {config.max_position_embeddings} (max_position_embeddings, the size "
-            f"of the learned position table), got position {last}"
+            f"the sequence must end before position {config.max_position_embeddings} (max_position_embeddings, the "
+            f"size of the learned position table), got position {last}"
         )

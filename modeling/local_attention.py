@@ -1,8 +1,8 @@
 """Softmax attention inside a window, block by block: time and memory linear in the length.
 
 Two windows. *Sliding*: a query at position p sees the keys from p - (w - 1) to p (to p + (w - 1) in an encoder).
-*Bucketed*: positions are cut into buckets of w, and a query sees its own bucket, the previous one and, in an encoder, the
-next one; a causal query never looks ahead inside its bucket.
+*Bucketed*: positions are cut into buckets of w, and a query sees its own bucket, the previous one and, in an encoder,
+the next one; a causal query never looks ahead inside its bucket.
 """
 
 import torch
@@ -52,7 +52,8 @@ def local_attention(
         first = max(cached + start - back, 0)
         last = min(cached + stop + ahead, key.shape[2])
         here = slice(first, last)
-        # `ahead of the query`, in slots: real tokens stand in a row, so slots and positions differ by a constant there.
+        # `ahead of the query`, in slots: real tokens stand in a row, so slots and positions differ by a constant
+        # there.
         distance = (
             torch.arange(first, last, device=query.device)[None, :]
             - torch.arange(cached + start, cached + stop, device=query.device)[:, None]
@@ -81,6 +82,6 @@ def local_attention(
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
     if mask is None:
         return output
-    # A row without a visible key is not defined by softmax; it is zero here, as in the linear heads. In a causal window
-    # every real token sees itself, so only padded rows are meant.
+    # A row without a visible key is not defined by softmax; it is zero here, as in the linear heads. In a causal
+    # window every real token sees itself, so only padded rows are meant.
     return output * mask[:, None, cached:, None].to(output.dtype) if causal else torch.nan_to_num(output)

@@ -3,8 +3,8 @@
 What differs from a plain Transformer is the attention: softmax weights `exp(q·k)` are replaced by products of
 non-negative random features `φ(q)·φ(k)` (FAVOR+), so that the sums over the keys can be formed once and read by every
 query. A decoder carries those sums as a state of constant size instead of a cache that grows. The operation is
-`kernels/linear_attention`; blocks are in `performer_layer.py`, attention in `performer_attention.py`. Blocks may mix in
-softmax heads over a window or be full softmax attention, which exact recall over long distances needs
+`kernels/linear_attention`; blocks are in `performer_layer.py`, attention in `performer_attention.py`. Blocks may mix
+in softmax heads over a window or be full softmax attention, which exact recall over long distances needs
 (arXiv 2507.06457).
 
 Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(M D H) state.
@@ -324,7 +324,9 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
         self.post_init()
 
     @can_return_tuple
-    def forward(self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs) -> MaskedLMOutput:
+    def forward(
+        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
+    ) -> MaskedLMOutput:
         """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
         outputs = self.model(
             input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, use_cache=False, **kwargs

@@ -1,4 +1,4 @@
-"""Performer's attention: linear heads (FAVOR+), local softmax heads beside them, and the full softmax layer of hybrids."""
+"""Performer's attention: linear heads (FAVOR+) with local softmax heads beside them, and full softmax attention."""
 
 import math
 
@@ -126,11 +126,11 @@ class PerformerAttention(_PerformerAttentionBase):
             projection: the projection to use instead of the buffer (a training forward captures it).
         """
         if self.is_cross_attention:
-            attended = self._cross_attend(hidden_states, encoder_hidden_states, padding_mask, past_key_values, projection)
+            attended = self._cross_attend(
+                hidden_states, encoder_hidden_states, padding_mask, past_key_values, projection
+            )
             return self.project_out(attended), None
-        query, key, value = (
-            self.split_heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj)
-        )
+        query, key, value = (self.split_heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
         key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
         layer = self._cache_layer(past_key_values)
         split = query.shape[1] - self.num_local_heads
@@ -166,7 +166,11 @@ class PerformerAttention(_PerformerAttentionBase):
         if past_key_values is None:
             return None
         if isinstance(past_key_values, EncoderDecoderCache):
-            own = past_key_values.cross_attention_cache if self.is_cross_attention else past_key_values.self_attention_cache
+            own = (
+                past_key_values.cross_attention_cache
+                if self.is_cross_attention
+                else past_key_values.self_attention_cache
+            )
         else:
             own = past_key_values
         layer = own.layers[self.layer_idx] if self.layer_idx < len(own.layers) else None
@@ -272,8 +276,9 @@ class PerformerAttention(_PerformerAttentionBase):
 
 def _softmax_over_sequence(key: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
     """Keys `[B, H, K, D]` whose `exp` sums to 1 over the unmasked positions, feature by feature."""
-    visible = key.float() if mask is None else key.float().masked_fill(mask[:, None, :, None] == 0, -math.inf)
-    return (key.float() - visible.logsumexp(dim=2, keepdim=True).clamp(min=-1e30)).to(key.dtype)
+    logits = key.to(torch.promote_types(key.dtype, torch.float32))
+    visible = logits if mask is None else logits.masked_fill(mask[:, None, :, None] == 0, -math.inf)
+    return (logits - visible.logsumexp(dim=2, keepdim=True).clamp(min=-1e30)).to(key.dtype)
 
 
 class PerformerSoftmaxAttention(_PerformerAttentionBase):

@@ -1,4 +1,4 @@
-"""What a Performer's blocks need beside hidden states: positions, and one mask for each way in which a block may look."""
+"""What a Performer's blocks need beside hidden states: positions, and a mask for each way a block may look."""
 
 import torch
 from transformers.masking_utils import (
@@ -27,7 +27,9 @@ def make_attention_masks(
         `"encoder_padding"` `[B, K]`, `"encoder_full"`: the same two for cross-attention.
     """
     masks = dict.fromkeys(("padding", "window", "full", "encoder_padding", "encoder_full"))
-    if isinstance(mask, dict):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
+    if isinstance(
+        mask, dict
+    ):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
         return {**masks, "full": mask["full_attention"]}
     kinds = set(config.layer_types)
     if kinds != {"full_attention"}:
@@ -37,7 +39,14 @@ def make_attention_masks(
     if "full_attention" in kinds:
         common = {"config": config, "inputs_embeds": hidden_states, "attention_mask": mask}
         if config.is_decoder:
-            masks["full"] = create_causal_mask(**common, past_key_values=past_key_values, position_ids=position_ids)
+            # Of a preallocated cache, the slots not yet filled have to be masked even for a single new token.
+            preallocated = past_key_values is not None and past_key_values.get_max_length() != -1
+            masks["full"] = create_causal_mask(
+                **common,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+                allow_is_causal_skip=not preallocated,
+            )
         else:
             masks["full"] = create_bidirectional_mask(**common)
         if encoder_hidden_states is not None:

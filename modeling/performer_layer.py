@@ -84,8 +84,8 @@ class PerformerLayer(GradientCheckpointingLayer):
         """The four branches as functions of the stream and the encoder's states, None where there is none.
 
         Args:
-            attention_masks: `"padding"`, `"window"`, `"full"`, `"encoder_padding"` and `"encoder_full"`, each a mask or
-                None: see `PerformerModel.forward`.
+            attention_masks: `"padding"`, `"window"`, `"full"`, `"encoder_padding"` and `"encoder_full"`, each a mask
+                or None: see `PerformerModel.forward`.
             position_ids, rotary, past_key_values: see `PerformerAttention.forward`.
             projections: the captured projections of `"self_attn"` and `"cross_attn"`, or None for the buffers.
         """

@@ -1,7 +1,7 @@
 """Random projections for positive features, and the constants of the features of least variance.
 
-A projection depends on `(seed, layer, number of the draw)` and on nothing else, so every rank of a distributed run draws
-the same one and a resumed run continues the same series.
+A projection depends on `(seed, layer, number of the draw)` and on nothing else, so every rank of a distributed run
+draws the same one and a resumed run continues the same series.
 """
 
 import hashlib
@@ -46,10 +46,7 @@ def draw_projection(
         # LAPACK picks the signs of R's diagonal, which biases Q; fixing them makes Q uniform over the rotations.
         blocks.append((q * r.diagonal().sign()).mT)
     rows = torch.cat(blocks)[:num_rows]
-    if scaling == "chi":
-        norms = normal(num_rows, head_dim).norm(dim=1, keepdim=True)
-    else:
-        norms = math.sqrt(head_dim)
+    norms = normal(num_rows, head_dim).norm(dim=1, keepdim=True) if scaling == "chi" else math.sqrt(head_dim)
     return (rows * norms).float()
 
 

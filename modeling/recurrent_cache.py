@@ -24,8 +24,8 @@ class RecurrentStateLayer(CacheLayerMixin):
     `log_scale` `[B, H]`. `window_keys` and `window_values` are `[B, local heads, ≤ reach, D]`. `last_tokens` holds, by
     name, the `[B, 1, C]` that a token shift reads next.
 
-    Rolling back does not subtract, which would cancel badly: while `record_past` is on, the layer keeps the state at the
-    last `crop` with the keys and values since, and a crop advances that state by those that stay.
+    Rolling back does not subtract, which would cancel badly: while `record_past` is on, the layer keeps the state at
+    the last `crop` with the keys and values since, and a crop advances that state by those that stay.
     """
 
     _layer_type = "performer_state"

@@ -3,8 +3,8 @@
     y1 = x1 + f(x2),  y2 = x2 + g(y1)        so        x2 = y2 - g(y1),  x1 = y1 - f(x2)
 
 The stack is one autograd function that takes every parameter as an input and returns its gradient. It never
-accumulates gradients behind autograd's back, so `torch.autograd.grad`, hooks and DDP see what they expect; random states
-are kept in training and in evaluation alike.
+accumulates gradients behind autograd's back, so `torch.autograd.grad`, hooks and DDP see what they expect; random
+states are kept in training and in evaluation alike.
 """
 
 from collections.abc import Callable
@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
 
-# A branch maps a stream `[B, N, C]` to its update, reading its side inputs (masks, positions, …) from a closure and the
-# differentiable context (encoder states, or None) from its second argument.
+# A branch maps a stream `[B, N, C]` to its update, reading its side inputs (masks, positions, …) from a closure and
+# the differentiable context (encoder states, or None) from its second argument.
 Branch = Callable[[Tensor, Tensor | None], Tensor]
 
 
