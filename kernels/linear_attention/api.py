@@ -6,7 +6,7 @@ import torch
 
 from ..backend import resolve_backend
 from .autograd import linear_attention_eager
-from .eager import read_state, step
+from .eager import step
 from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap
 from .state import LinearAttentionState
 
@@ -40,7 +40,7 @@ def linear_attention(
         key: `[B, H, K, D]`, dtype of `query`; K = N if `causal`. None, with `value` None, reads `state` alone.
         value: `[B, H, K, V]`, dtype of `query`.
         feature_map: what turns queries and keys into features, see `FeatureMap`; its tensors on the same device.
-        causal: whether row i sees the keys up to i only. A change of a later row then leaves row i as it is, to the bit.
+        causal: whether row i sees the keys up to i only. A change of a later row leaves row i as it is, to the bit.
         mask: `[B, K]`, bool or integer, nonzero where a key counts. Masked keys are in no sum at all.
         state: what was seen before, from an earlier call with the same feature map, or None.
         backend: `"auto"` or `"eager"`. A Triton path does not exist yet, so `"triton"` raises.
@@ -57,13 +57,19 @@ def linear_attention(
     dtype = torch.promote_types(query.dtype, torch.float32)
     feature_map = feature_map.to(dtype)
     if key is None:
-        return LinearAttentionOutput(read_state(query, feature_map, state, query.dtype)[0], state)
+        # No keys: the operation that has a gradient, and one node for the compiler, reads the state all the same.
+        nothing = query[:, :, :0], query.new_empty(*query.shape[:2], 0, state.key_value.shape[-1])
+        output, _ = linear_attention_eager(query, *nothing, feature_map, None, state, False)
+        return LinearAttentionOutput(output, state)
     if state is None:
         features = feature_map.num_features(query.shape[-1])
         state = LinearAttentionState.empty(
             *query.shape[:2], features, value.shape[-1], dtype=dtype, device=query.device
         )
-    differentiable = torch.is_grad_enabled() and any(t.requires_grad for t in (query, key, value, *state[:2]))
+    differentiable = torch.is_grad_enabled() and any(
+        t is not None and t.requires_grad
+        for t in (query, key, value, *state[:2], feature_map.projection, feature_map.bias)
+    )
     if causal and query.shape[2] == 1 and mask is None and not differentiable:
         with torch.autocast(query.device.type, enabled=False):
             return LinearAttentionOutput(*step(query, key, value, feature_map, state))
@@ -96,16 +102,34 @@ def _validate(query, key, value, feature_map, causal, mask, state):
             raise ValueError(f"value must have length {key.shape[2]} like key, got {value.shape[2]}")
         if causal and key.shape[2] != query.shape[2]:
             raise ValueError(f"causal attention needs as many keys as queries, {query.shape[2]}, got {key.shape[2]}")
-    if mask is not None and (key is None or mask.shape != (key.shape[0], key.shape[2])):
-        expected = None if key is None else (key.shape[0], key.shape[2])
-        raise ValueError(f"mask must have shape {expected}, got {tuple(mask.shape)}")
+    if mask is not None:
+        _validate_mask(mask, key)
     _validate_feature_map(feature_map, query)
     if state is not None:
-        features = feature_map.num_features(query.shape[-1])
-        value_dim = state.key_value.shape[-1] if value is None else value.shape[-1]
-        expected = (*query.shape[:2], features, value_dim)
-        if tuple(state.key_value.shape) != expected:
-            raise ValueError(f"state.key_value must have shape {expected}, got {tuple(state.key_value.shape)}")
+        _validate_state(state, query, feature_map, None if value is None else value.shape[-1])
+
+
+def _validate_mask(mask, key):
+    if key is None:
+        raise ValueError(f"mask must be None without key, got {tuple(mask.shape)}")
+    if mask.shape != (key.shape[0], key.shape[2]):
+        raise ValueError(f"mask must have shape {(key.shape[0], key.shape[2])}, got {tuple(mask.shape)}")
+    if mask.is_floating_point() or mask.is_complex():
+        raise ValueError(f"mask must be bool or integer, nonzero where a key counts, got {mask.dtype}")
+    if mask.device != key.device:
+        raise ValueError(f"mask must be on {key.device}, got {mask.device}")
+
+
+def _validate_state(state, query, feature_map, value_dim):
+    sizes = (*query.shape[:2], feature_map.num_features(query.shape[-1]))
+    value_dim = state.key_value.shape[-1] if value_dim is None else value_dim
+    dtype = torch.promote_types(query.dtype, torch.float32)
+    for name, expected in {"key_value": (*sizes, value_dim), "key_sum": sizes, "log_scale": sizes[:2]}.items():
+        tensor = getattr(state, name)
+        if tensor.shape != expected:
+            raise ValueError(f"state.{name} must have shape {expected}, got {tuple(tensor.shape)}")
+        if tensor.dtype != dtype or tensor.device != query.device:
+            raise ValueError(f"state.{name} must be {dtype} on {query.device}, got {tensor.dtype} on {tensor.device}")
 
 
 def _validate_feature_map(feature_map, query):
@@ -119,5 +143,10 @@ def _validate_feature_map(feature_map, query):
         raise ValueError(
             f"feature_map.bias must have shape ({feature_map.num_features(size)},), got {tuple(bias.shape)}"
         )
+    for name, tensor in (("projection", projection), ("bias", bias)):
+        if tensor is not None and (tensor.device != query.device or not tensor.is_floating_point()):
+            raise ValueError(
+                f"feature_map.{name} must be floating point on {query.device}, got {tensor.dtype} on {tensor.device}"
+            )
     if feature_map.epsilon < 0:
         raise ValueError(f"feature_map.epsilon must not be negative, got {feature_map.epsilon}")

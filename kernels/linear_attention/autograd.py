@@ -1,8 +1,8 @@
 """Joins the chunked forward and backward passes into one differentiable operation. No maths here.
 
-The two passes are custom operators, so that `torch.compile` and `torch.export` see one node each instead of a loop over
-chunks that they would unroll. Defining them twice in a process (the package and a checkpoint's own copy) is harmless:
-the later definition replaces an equal one.
+The two passes are custom operators, so that `torch.compile` and `torch.export` see one node each instead of a loop
+over chunks that they would unroll. Defining them twice in a process (the package and a checkpoint's own copy) is
+harmless: the later definition replaces an equal one.
 """
 
 import torch
@@ -65,7 +65,7 @@ def _(
     chunks = (length + CAUSAL_CHUNK - 1) // CAUSAL_CHUNK if save else 0
     saved = [(chunks, batch * heads, features, value_dim + 1), (chunks, batch * heads)] if causal else [(0,), (0,)]
     return (
-        value.new_empty(batch, heads, length, value_dim),
+        key_value.new_empty(batch, heads, length, value_dim),
         torch.empty_like(key_value, memory_format=torch.contiguous_format),
         torch.empty_like(key_sum, memory_format=torch.contiguous_format),
         torch.empty_like(log_scale, memory_format=torch.contiguous_format),
@@ -159,4 +159,5 @@ def linear_attention_eager(
     output, *new_state = _forward(
         query, key, value, *state, mask, projection, bias, function, *options, causal, save_states
     )[:4]
-    return output, LinearAttentionState(*new_state)
+    # Rounded out here: the backward pass divides by small differences from the output, which have to be exact.
+    return output.to(value.dtype), LinearAttentionState(*new_state)

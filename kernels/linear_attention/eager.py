@@ -1,10 +1,10 @@
 """Linear attention chunk by chunk: the fast form for machines without a Triton path.
 
-Only `chunk_size` rows of features exist at a time, so the working set stays in the processor's cache and nothing of
-size length × features is ever stored; the backward pass computes the features again. Inside a chunk the weights are the
-small matrix `A = (Q̂ K̂ᵀ) ∘ D` with `D_ij = exp(s_j - m_i)` for `j ≤ i`, where `s_j` is the key's scale and `m_i` the
-running maximum of the scales; the keys before the chunk are in the state `S`. The values carry a column of ones, so that
-one product gives the numerator and the denominator:
+Only one chunk's rows of features exist at a time, so the working set stays in the processor's cache and nothing of
+size length × features is ever stored; the backward pass computes the features again. Inside a chunk the weights are
+the small matrix `A = (Q̂ K̂ᵀ) ∘ D` with `D_ij = exp(s_j - m_i)` for `j ≤ i`, where `s_j` is the key's scale and `m_i`
+the running maximum of the scales; the keys before the chunk are in the state `S`. The values carry a column of ones,
+so that one product gives the numerator and the denominator:
 
     N = A V̄ + exp(m₀ - m) ∘ (Q̂ S̄),      S̄ ← exp(m₀ - m_C) S̄ + K̂ᵀ (exp(s - m_C) ∘ V̄),      V̄ = [V, 1]
 
@@ -20,8 +20,8 @@ from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
-# Rows at a time. Measured on two x86 cores (AVX-512, m = 266, d = 64): 32, 64 and 128 rows are within 10 % for the causal
-# form, which pays for the square inside the chunk; the bidirectional form has no such square.
+# Rows at a time. Measured on two x86 cores (AVX-512, m = 266, d = 64): 32, 64 and 128 rows are within 10 % for the
+# causal form, which pays for the square inside the chunk; the bidirectional form has no such square.
 CAUSAL_CHUNK = 64
 BIDIRECTIONAL_CHUNK = 128
 
@@ -93,8 +93,7 @@ class _Inputs(NamedTuple):
         return cls(query, key, value, keep, dtype)
 
     def rows(self, name: str, here: slice) -> torch.Tensor:
-        chunk = getattr(self, name)[:, :, here]
-        return chunk.reshape(-1, *chunk.shape[2:]).to(self.dtype)
+        return getattr(self, name)[:, :, here].flatten(0, 1).to(self.dtype)
 
     def values_with_ones(self, here: slice) -> torch.Tensor:
         values = self.rows("value", here)
@@ -142,15 +141,20 @@ def _decay_matrix(log_scale: torch.Tensor, running: torch.Tensor) -> torch.Tenso
     return (log_scale[:, None, :] - running[:, :, None]).exp_()
 
 
-def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
-    """Output, final state, denominators `[BH, N]`, and the states before each chunk `[chunks, BH, M, V+1]`, `[chunks, BH]`.
+def _carry(memory: torch.Tensor, decay: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """`decay · memory + rowsᵀ values`. The product is a sum of its own: added row by row, it would lose digits."""
+    return torch.addcmul(torch.bmm(rows.mT, values), memory, decay[:, None, None])
 
-    The last two are empty unless `save_states`.
+
+def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
+    """Output (not rounded yet), final state, denominators `[BH, N]`, and the states before each chunk.
+
+    The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
     """
     inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
     memory, maximum = _flat_state(state)
-    output = value.new_empty(value.shape)
-    flat_output = output.view(-1, *value.shape[2:])
+    output = value.new_empty(value.shape, dtype=memory.dtype)
+    flat_output = output.flatten(0, 1)
     denominators = memory.new_empty(memory.shape[0], value.shape[2])
     chunks = _chunks(value.shape[2], CAUSAL_CHUNK)
     saved = len(chunks) if save_states else 0
@@ -170,7 +174,7 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
 
         end = running[:, -1]
         v.mul_(torch.exp(log_scale - end[:, None])[..., None])
-        memory = torch.baddbmm(memory.mul(torch.exp(maximum - end)[:, None, None]), k.mT, v)
+        memory = _carry(memory, torch.exp(maximum - end), k, v)
         maximum = end
     return output, _unflat_state(memory, maximum, query.shape[:2]), denominators, memories, maxima
 
@@ -197,7 +201,7 @@ def causal_backward(
     dtype = denominators.dtype
     inputs = _Inputs.of(query, key, value, mask, dtype)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-    flat_grads = [g.view(-1, *g.shape[2:]) for g in grads]
+    flat_grads = [g.flatten(0, 1) for g in grads]
     parameters = _ParameterGrads(feature_map, wanted)
     grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
     end = final_log_scale.flatten()
@@ -217,12 +221,11 @@ def causal_backward(
 
         weights = torch.bmm(q, k.mT).mul_(decay).tril_()
         grad_weights = torch.bmm(grad_numerator, v.mT).mul_(decay).tril_()
-        grad_v = torch.baddbmm(torch.bmm(k, grad_memory).mul_(to_end), weights.mT, grad_numerator)
-        grad_k = torch.baddbmm(torch.bmm(v.mul_(to_end), grad_memory.mT), grad_weights.mT, q)
+        grad_v = torch.bmm(k, grad_memory).mul_(to_end).baddbmm_(weights.mT, grad_numerator)
+        grad_k = torch.bmm(v.mul_(to_end), grad_memory.mT).baddbmm_(grad_weights.mT, q)
         carried_grad = grad_numerator.mul_(carried)
-        grad_q = torch.baddbmm(torch.bmm(carried_grad, memory.mT), grad_weights, k)
-        shrink = torch.exp(maximum - end)[:, None, None]
-        grad_memory = torch.baddbmm(grad_memory * shrink, q.mT, carried_grad)
+        grad_q = torch.bmm(carried_grad, memory.mT).baddbmm_(grad_weights, k)
+        grad_memory = _carry(grad_memory, torch.exp(maximum - end), q, carried_grad)
         end = maximum
 
         _store_query(flat_grads, parameters, here, q_features, grad_q, q_rows, feature_map)
@@ -239,21 +242,21 @@ def bidirectional_forward(query, key, value, feature_map, mask, state):
         _, (k, _, log_scale) = inputs.keys(here, feature_map)
         end = torch.maximum(log_scale.amax(dim=-1), maximum)
         v = inputs.values_with_ones(here).mul_(torch.exp(log_scale - end[:, None])[..., None])
-        memory = torch.baddbmm(memory.mul(torch.exp(maximum - end)[:, None, None]), k.mT, v)
+        memory = _carry(memory, torch.exp(maximum - end), k, v)
         maximum = end
     new_state = _unflat_state(memory, maximum, query.shape[:2])
-    output, denominators = read_state(query, feature_map, new_state, value.dtype)
+    output, denominators = read_state(query, feature_map, new_state)
     return output, new_state, denominators
 
 
-def read_state(query, feature_map, state, output_dtype):
+def read_state(query, feature_map, state):
     """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
     memory, _ = _flat_state(state)
-    output = query.new_empty(*query.shape[:3], state.key_value.shape[-1], dtype=output_dtype)
-    flat_output = output.view(-1, *output.shape[2:])
+    output = memory.new_empty(*query.shape[:3], state.key_value.shape[-1])
+    flat_output = output.flatten(0, 1)
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
-        rows = query[:, :, here].reshape(memory.shape[0], -1, query.shape[3]).to(memory.dtype)
+        rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
         numerator = torch.bmm(_features(rows, feature_map, is_key=False).values, memory)
         flat_output[:, here], denominators[:, here] = _divide(numerator)
     return output, denominators
@@ -277,7 +280,7 @@ def bidirectional_backward(
     dtype = denominators.dtype
     inputs = _Inputs.of(query, key, value, mask, dtype)
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-    flat_grads = [g.view(-1, *g.shape[2:]) for g in grads]
+    flat_grads = [g.flatten(0, 1) for g in grads]
     parameters = _ParameterGrads(feature_map, wanted)
     memory, maximum = _flat_state(state)
     grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
@@ -285,7 +288,7 @@ def bidirectional_backward(
         rows = inputs.rows("query", here)
         features = _features(rows, feature_map, is_key=False, for_backward=True)
         grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
-        grad_memory = torch.baddbmm(grad_memory, features.values.mT, grad_numerator)
+        grad_memory = grad_memory + torch.bmm(features.values.mT, grad_numerator)
         grad_q = torch.bmm(grad_numerator, memory.mT)
         _store_query(flat_grads, parameters, here, features, grad_q, rows, feature_map)
     for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
@@ -325,15 +328,15 @@ class _ParameterGrads:
 
     def add(self, rows, grad_logits):
         if self.projection is not None:
-            self.projection.addmm_(grad_logits.flatten(0, 1).mT, rows.flatten(0, 1), alpha=self.scale)
+            self.projection.add_(grad_logits.flatten(0, 1).mT @ rows.flatten(0, 1), alpha=self.scale)
         if self.bias is not None:
             self.bias.add_(grad_logits.sum(dim=(0, 1)))
 
 
 def _grad_numerator(grad_output, output, denominators, here, dtype):
     """Gradient of the rows `[N, den]` from that of `N / den`: `[g, -g·out] / den`."""
-    grad = grad_output[:, :, here].reshape(-1, *grad_output[:, :, here].shape[2:]).to(dtype)
-    out = output[:, :, here].reshape(grad.shape).to(dtype)
+    grad = grad_output[:, :, here].flatten(0, 1).to(dtype)
+    out = output[:, :, here].flatten(0, 1)
     grad = torch.cat([grad, (grad * out).sum(dim=-1, keepdim=True).neg_()], dim=-1)
     return grad.div_(denominators[:, here, None])
 

@@ -8,8 +8,8 @@ features of arXiv 2205.15317 scale `P` and add `b`):
     φ(x)_f = exp(-|x'|²/2) · (exp(l_f) + ε Σ_g exp(l_g))
 
 `ε` is the paper's stabiliser, taken relative to the token's own features instead of to a maximum over the sequence, so
-that no token depends on a later one. A query's features may be multiplied by any number (it cancels in the output), and
-a key's are returned as `exp(log_scale) · features` with `Σ_f features = 1 + M ε`, so nothing overflows.
+that no token depends on a later one. A query's features may be multiplied by any number (it cancels in the output),
+and a key's are returned as `exp(log_scale) · features` with `Σ_f features = 1 + M ε`, so nothing overflows.
 
 *Pointwise* maps ("generalised attention"): `φ(x)_f = f(l_f) + ε`, with no scale of their own.
 """

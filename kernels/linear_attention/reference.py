@@ -3,9 +3,9 @@
     out_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)        (j ≤ i if causal; over the unmasked keys)
 
 after "Rethinking Attention with Performers" (arXiv 2009.14794, eq. 4 and 5) and "Transformers are RNNs"
-(arXiv 2006.16236, eq. 9). Rows with no key at all are zero. Every key carries its own scale `exp(s_j)`; the rows divide
-it by its running maximum, which cancels, so a later key changes nothing before it. Computes in at least float32 with
-autocast off and returns the dtype of the values.
+(arXiv 2006.16236, eq. 9). Rows with no key at all are zero. Every key carries its own scale `exp(s_j)`; the rows
+divide it by its running maximum, which cancels, so a later key changes nothing before it. Computes in at least float32
+with autocast off and returns the dtype of the values.
 """
 
 import torch
@@ -28,13 +28,14 @@ def linear_attention_reference(
         dtype = state.key_value.dtype
         feature_map = feature_map.to(dtype)
         q = query_features(query.to(dtype), feature_map)
-        k, log_scale = key_features(key.to(dtype), feature_map)
-        v = value.to(dtype)
-        if mask is not None:
-            keep = mask[:, None, :].to(torch.bool)
+        k, v = key.to(dtype), value.to(dtype)
+        keep = None if mask is None else mask[:, None, :].to(torch.bool)
+        if keep is not None:  # before anything is computed: what stands at a masked position may not be a number
+            k, v = torch.where(keep[..., None], k, 0), torch.where(keep[..., None], v, 0)
+        k, log_scale = key_features(k, feature_map)
+        if keep is not None:
             log_scale = torch.where(keep, log_scale, log_scale.detach().new_tensor(-1.0e30))
             k = k * keep[..., None]
-            v = torch.where(keep[..., None], v, 0)
 
         # `maximum` is the scale each row is written in: the largest among the keys that the row may see.
         start = state.log_scale[..., None]
