@@ -138,15 +138,17 @@ def test_a_failed_write_leaves_what_was_there(toy, tmp_path, monkeypatch):
     folder = tmp_path / "saved"
     config = architecture.config_class()()
     config.save_pretrained(folder)
+    for path in folder.glob("*.py"):
+        path.write_text("# of an older version")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
 
-    written = []
+    write, written = remote_code.Path.write_bytes, []
 
     def full_disk(path, data):
         written.append(path)
         if len(written) == 3:
             raise OSError(28, "No space left on device")
-        return len(data)
+        return write(path, data)
 
     monkeypatch.setattr(remote_code.Path, "write_bytes", full_disk)
     with pytest.raises(OSError, match="No space left"):
