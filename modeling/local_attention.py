@@ -26,6 +26,7 @@ def local_attention(
     mask: torch.Tensor | None,
     scaling: float,
     dropout: float,
+    blind_rows: str = "zero",
 ) -> torch.Tensor:
     """Windowed attention; a query with nothing to see gives zeros.
 
@@ -39,6 +40,9 @@ def local_attention(
         mask: `[B, K]`, nonzero at keys that count, or None.
         scaling: factor on the scores.
         dropout: probability of dropping a weight.
+        blind_rows: what a query with nothing to see gives: `"zero"`; or `"mean"`, performer-pytorch's uniform weights
+            over all slots of its buckets, where slots before the first bucket (and behind the last) count as -1.
+            (bucketed only.) With `"mean"`, padded queries that see something keep what they see.
 
     Returns:
         `[B, H, N, D]`.
@@ -69,19 +73,36 @@ def local_attention(
             visible = visible & (distance <= 0)
         if mask is not None:
             visible = visible & mask[:, None, here].to(torch.bool)
-        outputs.append(
-            F.scaled_dot_product_attention(
-                query[:, :, start:stop],
-                key[:, :, here],
-                value[:, :, here],
-                attn_mask=visible[:, None],
-                dropout_p=dropout,
-                scale=scaling,
-            )
+        blind = None
+        if mask is not None and blind_rows == "mean":
+            blind = ~visible.any(dim=-1, keepdim=True)
+            visible = visible | blind  # so that no row is undefined, not even in the gradient
+        output = F.scaled_dot_product_attention(
+            query[:, :, start:stop],
+            key[:, :, here],
+            value[:, :, here],
+            attn_mask=visible[:, None],
+            dropout_p=dropout,
+            scale=scaling,
         )
+        if blind is not None:
+            last_bucket = (key.shape[2] - 1) // window
+            mean = _mean_of_buckets(value[:, :, here], apart, bucket, last_bucket, window, causal)
+            output = torch.where(blind[:, None], mean, output)
+        outputs.append(output)
     output = outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-    if mask is None:
+    if mask is None or blind_rows == "mean":
         return output
     # A row without a visible key is not defined by softmax; it is zero here, as in the linear heads. In a causal
     # window every real token sees itself, so only padded rows are meant.
     return output * mask[:, None, cached:, None].to(output.dtype) if causal else torch.nan_to_num(output)
+
+
+def _mean_of_buckets(value, apart, bucket, last_bucket: int, window: int, causal: bool) -> torch.Tensor:
+    """The mean over all slots of a query's buckets, for `apart` `[·, N, K]` and `bucket` `[·, N, 1]`."""
+    inside = (apart >= -1) & (apart <= (0 if causal else 1))
+    outside = (bucket == 0).to(value.dtype)
+    if not causal:
+        outside = outside + (bucket == last_bucket).to(value.dtype)
+    total = inside[:, None].to(value.dtype) @ value - window * outside[:, None]
+    return total / (window * (2 if causal else 3))

@@ -157,14 +157,18 @@ class PerformerModel(PerformerPreTrainedModel):
             )
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
-        if use_cache and past_key_values is None and config.is_decoder:
+        # A reversible stack runs its blocks again in the backward pass, when a cache would already hold their tokens.
+        recomputes = config.reversible and torch.is_grad_enabled() and past_key_values is None
+        if use_cache and past_key_values is None and config.is_decoder and not recomputes:
             past_key_values = self._new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
         check_attention_mask(attention_mask, inputs_embeds, past_length, set(config.layer_types) == {"full_attention"})
         if position_ids is None:
-            position_ids = count_positions(attention_mask, past_length, length, inputs_embeds.device)
+            # The original counts padding as positions.
+            counted = None if config.masked_keys_in_normalizer else attention_mask
+            position_ids = count_positions(counted, past_length, length, inputs_embeds.device)
         check_positions(position_ids, config)
 
         hidden_states = self._embed(inputs_embeds, position_ids, token_type_ids)
@@ -190,7 +194,7 @@ class PerformerModel(PerformerPreTrainedModel):
             for layer, captured in zip(self.layers, projections, strict=True):
                 blocks += layer.reversible_blocks(projections=captured, **arguments, **kwargs)
             parameters = [p for p in self.layers.parameters() if p.requires_grad]
-            hidden_states = reversible_stack(hidden_states, encoder_hidden_states, blocks, parameters)
+            hidden_states = reversible_stack(hidden_states, encoder_hidden_states, blocks, parameters, recomputes)
         else:
             for layer, captured in zip(self.layers, projections, strict=True):
                 hidden_states = layer(
@@ -348,8 +352,11 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
         super().__init__(config)
         self.num_labels = config.num_labels
         self.model = PerformerModel(config)
+        self.transform = None
+        if config.classifier_transform:
+            self.transform = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
         self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=False)
+        self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
         self.post_init()
 
     @can_return_tuple
@@ -363,7 +370,8 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
         mask = attention_mask
         if mask is None and input_ids is not None and self.config.pad_token_id is not None:
             mask = input_ids != self.config.pad_token_id
-        logits = self.score(self.dropout(self._pool(outputs.last_hidden_state, mask)))
+        pooled = self._pool(outputs.last_hidden_state, mask)
+        logits = self.score(self.dropout(pooled if self.transform is None else self.transform(pooled)))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -499,7 +507,7 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
             encoder_outputs = self.encoder(
                 input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
             )
-        elif not isinstance(encoder_outputs, BaseModelOutput):
+        elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
         if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
             decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)

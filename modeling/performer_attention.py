@@ -15,10 +15,6 @@ from .rotary import apply_rotary, rotary_tables
 from .sequence_features import sequence_stabilized_features
 
 
-# performer-pytorch adds this to every component of the running sum of causal keys.
-LEGACY_CAUSAL_EPSILON = 1e-6
-
-
 def repeat_kv(states: torch.Tensor, groups: int) -> torch.Tensor:
     """`[B, KV, N, D]` to `[B, KV * groups, N, D]`, each head `groups` times."""
     return states if groups == 1 else states.repeat_interleave(groups, dim=1)
@@ -189,7 +185,9 @@ class PerformerAttention(_PerformerAttentionBase):
         backend = self.config.kernel_backend
         state = None if layer is None else layer.state
         if self.config.feature_stabilizer == "sequence":
-            query, key, feature_map, state = self._legacy_inputs(query, key, feature_map)
+            query, key, feature_map = self._legacy_inputs(query, key, feature_map)
+        first_state = self._first_state(query, value, feature_map)
+        state = first_state if state is None else state
         value, sums_mask = self._mask_keys(value, mask)
         if self.config.feature_map == "no_projection" and not self.is_causal:
             key = _softmax_over_sequence(key, sums_mask)
@@ -200,6 +198,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
             def advance(state: LinearAttentionState | None, key, value, mask) -> LinearAttentionState:
                 # The queries do not matter for the state; the keys stand in for them.
+                state = first_state if state is None else state
                 return linear_attention(
                     key, key, value, feature_map, causal=True, mask=mask, state=state, backend=backend
                 ).state
@@ -214,20 +213,25 @@ class PerformerAttention(_PerformerAttentionBase):
         return value * mask[:, None, :, None].to(value.dtype), None
 
     def _legacy_inputs(self, query, key, feature_map):
-        """Given features instead of inputs, and the original's epsilon as what was "seen" before the first key."""
+        """Given features instead of inputs."""
         epsilon, projection = feature_map.epsilon, feature_map.projection
         dtype = torch.promote_types(query.dtype, torch.float32)
         features = sequence_stabilized_features(query.to(dtype), key.to(dtype), projection.to(dtype), epsilon)
-        state = None
-        if self.is_causal:
-            state = LinearAttentionState.empty(
-                *query.shape[:2], projection.shape[0], self.head_dim, dtype=dtype, device=query.device
-            )
-            state = state._replace(
-                key_sum=torch.full_like(state.key_sum, LEGACY_CAUSAL_EPSILON),
-                log_scale=torch.zeros_like(state.log_scale),
-            )
-        return *(states.to(query.dtype) for states in features), FeatureMap("identity"), state
+        return *(states.to(query.dtype) for states in features), FeatureMap("identity")
+
+    def _first_state(self, query, value, feature_map) -> LinearAttentionState | None:
+        """The original's epsilon as what a causal normaliser has "seen" before the first key; None without one."""
+        epsilon = self.config.causal_normalizer_epsilon
+        if not self.is_causal or not epsilon:
+            return None
+        dtype = torch.promote_types(query.dtype, torch.float32)
+        features = feature_map.num_features(query.shape[-1])
+        state = LinearAttentionState.empty(
+            *query.shape[:2], features, value.shape[-1], dtype=dtype, device=query.device
+        )
+        return state._replace(
+            key_sum=torch.full_like(state.key_sum, epsilon), log_scale=torch.zeros_like(state.log_scale)
+        )
 
     def _local_heads(self, query, key, value, mask, position_ids, layer):
         config = self.config
@@ -251,6 +255,7 @@ class PerformerAttention(_PerformerAttentionBase):
             mask=mask,
             scaling=self.scaling,
             dropout=config.attention_dropout if self.training else 0.0,
+            blind_rows="mean" if bucketed and config.masked_keys_in_normalizer else "zero",
         )
 
     def _cross_attend(self, hidden_states, encoder_hidden_states, mask, past_key_values, projection):
@@ -262,7 +267,7 @@ class PerformerAttention(_PerformerAttentionBase):
         key, value = (self.split_heads(proj(encoder_hidden_states)) for proj in (self.k_proj, self.v_proj))
         key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
         if self.config.feature_stabilizer == "sequence":
-            query, key, feature_map, _ = self._legacy_inputs(query, key, feature_map)
+            query, key, feature_map = self._legacy_inputs(query, key, feature_map)
         value, mask = self._mask_keys(value, mask)
         if self.config.feature_map == "no_projection":
             key = _softmax_over_sequence(key, mask)

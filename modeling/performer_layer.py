@@ -45,6 +45,7 @@ class PerformerLayer(GradientCheckpointingLayer):
         self.layer_idx = layer_idx
         self.attention_type = config.layer_types[layer_idx]
         self.shifts_tokens, self.is_causal = config.shift_tokens, config.is_decoder
+        self.mlp_shift_reads_padding = config.masked_keys_in_normalizer
         attention = PerformerSoftmaxAttention if self.attention_type == "full_attention" else PerformerAttention
         self.self_attn = attention(config, layer_idx, is_cross_attention=False)
         self.self_attn_branch = PerformerBranch(config)
@@ -96,6 +97,8 @@ class PerformerLayer(GradientCheckpointingLayer):
             if not self.shifts_tokens:
                 return inputs
             padding = attention_masks["padding"]
+            if name == "mlp" and self.mlp_shift_reads_padding:
+                padding = None
             before = None
             if past_key_values is not None:
                 layer = getattr(past_key_values, "self_attention_cache", past_key_values).layers[self.layer_idx]

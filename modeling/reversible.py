@@ -20,7 +20,11 @@ Branch = Callable[[Tensor, Tensor | None], Tensor]
 
 
 def reversible_stack(
-    hidden_states: Tensor, context: Tensor | None, blocks: list[tuple[Branch, Branch]], parameters: list[Tensor]
+    hidden_states: Tensor,
+    context: Tensor | None,
+    blocks: list[tuple[Branch, Branch]],
+    parameters: list[Tensor],
+    recompute: bool = True,
 ) -> Tensor:
     """Run `blocks` on two copies of `hidden_states` `[B, N, C]` and return the sum of the two streams.
 
@@ -29,8 +33,9 @@ def reversible_stack(
         context: a tensor that the branches read and that needs a gradient, or None.
         blocks: pairs `(f, g)` of branches.
         parameters: every parameter that the branches use, so that autograd hears of them.
+        recompute: False keeps the activations instead, for branches that must run once only (they fill a cache).
     """
-    if not torch.is_grad_enabled():
+    if not (recompute and torch.is_grad_enabled()):
         return _forward(hidden_states, context, blocks, None)[0]
     return _ReversibleStack.apply(blocks, hidden_states, context, *parameters)
 
