@@ -29,12 +29,12 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.modeling_utils import PreTrainedModel
 from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.performer import PerformerConfig
+from .checked_model import CheckedPreTrainedModel
 from .feature_redraw import redraw_and_capture
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norms import ReZeroScale, ScaleNorm, make_norm
@@ -47,7 +47,7 @@ from .reversible import reversible_stack
 from .rotary import rotary_tables
 
 
-class PerformerPreTrainedModel(PreTrainedModel):
+class PerformerPreTrainedModel(CheckedPreTrainedModel):
     """What every Performer class shares: flags for transformers, and the initial values of weights and buffers."""
 
     config: PerformerConfig

@@ -1,0 +1,42 @@
+"""The base class of every model here: bad weights and bad places to save to are refused at the door."""
+
+import os
+import tempfile
+
+from safetensors import SafetensorError
+from transformers.modeling_utils import PreTrainedModel
+
+
+class CheckedPreTrainedModel(PreTrainedModel):
+    """`PreTrainedModel` whose `from_pretrained` names a broken weight file's folder, and whose `save_pretrained`
+    refuses a place that cannot be written to before it writes anything."""
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: the weights are truncated or no safetensors file at all.
+        """
+        try:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        except SafetensorError as error:
+            raise ValueError(
+                f"the weights of {pretrained_model_name_or_path!r} must be whole safetensors files, got one that "
+                f"cannot be read ({error}): it is truncated or of another format"
+            ) from error
+
+    def save_pretrained(self, save_directory, *args, **kwargs):
+        """As in transformers.
+
+        Raises:
+            ValueError: `save_directory` is a file or cannot be written to.
+        """
+        try:
+            os.makedirs(save_directory, exist_ok=True)
+            tempfile.TemporaryFile(dir=save_directory).close()
+        except OSError as error:
+            raise ValueError(
+                f"save_directory must be a folder that can be written to, got {str(save_directory)!r} ({error})"
+            ) from error
+        return super().save_pretrained(save_directory, *args, **kwargs)
