@@ -32,6 +32,11 @@ if UNDER_XDIST:
     torch.set_num_threads(1)
 
 
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+
+
 def pytest_unconfigure(config):
     shutil.rmtree(HF_HOME, ignore_errors=True)
 
