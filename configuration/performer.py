@@ -13,6 +13,8 @@ from .self_contained import SelfContainedConfig
 # What `layer_types` may hold. The first is also the name under which the cache of such a layer is registered.
 LINEAR_LAYER_TYPE = "performer_state"
 FULL_LAYER_TYPE = "full_attention"
+# A softmax block whose cache also keeps what a token shift reads: see modeling/token_shift_cache.py.
+SHIFTED_FULL_LAYER_TYPE = "full_attention_with_shift"
 
 EXPONENTIAL_FEATURE_MAPS = ("softmax", "hyperbolic", "optimal_positive")
 PROJECTION_FREE_FEATURE_MAPS = ("elu", "no_projection")
@@ -58,6 +60,9 @@ class PerformerConfig(SelfContainedConfig):
         classifier_dropout (`float`, defaults to 0): dropout before a classification head.
         classifier_pooling (`str`, *optional*): `"mean"`, `"first"` or `"last"` unpadded position for sequence
             classification; `"last"` for a decoder, `"mean"` for an encoder if not given.
+        classifier_transform (`bool`, defaults to `False`): a dense layer and tanh between the pooled state and the
+            head of sequence classification, as BERT has them.
+        classifier_bias (`bool`, defaults to `False`): bias of the head of sequence classification.
 
         feature_map (`str`, defaults to `"softmax"`): `"softmax"`: positive random features (arXiv 2009.14794, eq. 6).
             `"hyperbolic"`: its variant with half as many projections and both signs (ibid., below eq. 6).
@@ -82,7 +87,10 @@ class PerformerConfig(SelfContainedConfig):
             performer-pytorch's maximum over the whole sequence, which lets a causal model see the future and cannot be
             cached: for converted checkpoints.
         masked_keys_in_normalizer (`bool`, defaults to `False`): performer-pytorch's padding, which removes the values
-            of padded keys but leaves the keys in the normaliser: for converted checkpoints.
+            of padded keys but leaves the keys in the normaliser, counts padding as positions and lets the
+            feed-forward's token shift read it: for converted checkpoints.
+        causal_normalizer_epsilon (`float`, *optional*): what performer-pytorch adds to every component of a causal
+            normaliser; 1e-6 with its stabiliser, otherwise 0, if not given: for converted checkpoints.
         layer_types (`list[str]`, *optional*): for each block `"linear_attention"` (stored as `"performer_state"`) or
             `"full_attention"` (softmax attention). All linear if not given.
         num_local_attention_heads (`int` or `list[int]`, defaults to 0): how many heads of each linear block (the last
@@ -161,6 +169,8 @@ class PerformerConfig(SelfContainedConfig):
     attention_output_dropout: float | int = 0.0
     classifier_dropout: float | int = 0.0
     classifier_pooling: Literal["mean", "first", "last"] | None = None
+    classifier_transform: bool = False
+    classifier_bias: bool = False
 
     feature_map: Literal[
         "softmax",
@@ -184,6 +194,7 @@ class PerformerConfig(SelfContainedConfig):
     expected_pair_norm: float | int | None = None
     feature_stabilizer: Literal["running", "sequence"] = "running"
     masked_keys_in_normalizer: bool = False
+    causal_normalizer_epsilon: float | int | None = None
     layer_types: list[str] | None = None
     num_local_attention_heads: int | list[int] = 0
     local_window_size: int = 256
@@ -235,11 +246,15 @@ class PerformerConfig(SelfContainedConfig):
             self.feature_epsilon = (1e-4 if self.feature_stabilizer == "sequence" else 1e-6) if exponential else 1e-3
             if self.feature_map in PROJECTION_FREE_FEATURE_MAPS:
                 self.feature_epsilon = 0.0
+        if self.causal_normalizer_epsilon is None:
+            self.causal_normalizer_epsilon = 1e-6 if self.feature_stabilizer == "sequence" else 0.0
         if self.expected_pair_norm is None:
             self.expected_pair_norm = 2.0 * math.sqrt(self.head_dim)
         if self.layer_types is None:
             self.layer_types = [LINEAR_LAYER_TYPE] * self.num_hidden_layers
-        self.layer_types = [LINEAR_LAYER_TYPE if kind == "linear_attention" else kind for kind in self.layer_types]
+        full = SHIFTED_FULL_LAYER_TYPE if self.shift_tokens else FULL_LAYER_TYPE
+        stored = {"linear_attention": LINEAR_LAYER_TYPE, FULL_LAYER_TYPE: full, SHIFTED_FULL_LAYER_TYPE: full}
+        self.layer_types = [stored.get(kind, kind) for kind in self.layer_types]
         if self.final_norm_type is None:
             from_blocks = {"rezero": "layer_norm"}.get(self.norm_type, self.norm_type)
             self.final_norm_type = "none" if self.norm_position == "post" else from_blocks
@@ -256,8 +271,13 @@ class PerformerConfig(SelfContainedConfig):
         heads = self.num_local_attention_heads
         return heads if isinstance(heads, int) else heads[layer_idx]
 
+    def is_full_attention(self, layer_idx: int) -> bool:
+        """Whether block `layer_idx` is softmax attention over everything."""
+        return self.layer_types[layer_idx] != LINEAR_LAYER_TYPE
+
     @property
     def uses_rotary(self) -> bool:
+        """Whether the global heads have rotary positions."""
         return self.position_embedding_type in ("rotary", "rotary_and_sinusoidal")
 
     def get_text_config(self, decoder=None, encoder=None):
@@ -291,7 +311,7 @@ class PerformerConfig(SelfContainedConfig):
                 raise ValueError(f"{name} must be at least {minimum}, got {getattr(self, name)}")
 
     def validate_layer_type(self):
-        allowed = (LINEAR_LAYER_TYPE, FULL_LAYER_TYPE)
+        allowed = (LINEAR_LAYER_TYPE, FULL_LAYER_TYPE, SHIFTED_FULL_LAYER_TYPE)
         unknown = sorted(set(self.layer_types) - set(allowed))
         if unknown:
             raise ValueError(f"layer_types must hold 'linear_attention' or 'full_attention', got {unknown}")
@@ -320,11 +340,6 @@ class PerformerConfig(SelfContainedConfig):
         self._validate_positions()
         if self.norm_position == "post" and self.norm_type == "rezero":
             raise ValueError("norm_position='post' needs a norm, got norm_type='rezero'")
-        if self.shift_tokens and FULL_LAYER_TYPE in self.layer_types:
-            raise ValueError(
-                "shift_tokens=True keeps the last token in the cache of a linear layer, so layer_types must not hold "
-                "'full_attention'"
-            )
         if self.reversible and self.norm_position == "post":
             raise ValueError("reversible=True needs norm_position='pre', got 'post'")
         if self.reversible and self.add_cross_attention and not self.cross_attention_feed_forward:
@@ -360,6 +375,8 @@ class PerformerConfig(SelfContainedConfig):
             raise ValueError(f"feature_redraw_interval must be None or at least 1, got {self.feature_redraw_interval}")
         if self.feature_epsilon < 0:
             raise ValueError(f"feature_epsilon must not be negative, got {self.feature_epsilon}")
+        if self.causal_normalizer_epsilon < 0:
+            raise ValueError(f"causal_normalizer_epsilon must not be negative, got {self.causal_normalizer_epsilon}")
         if self.expected_pair_norm <= 0:
             raise ValueError(f"expected_pair_norm must be positive, got {self.expected_pair_norm}")
         if self.feature_stabilizer == "sequence":

@@ -31,12 +31,12 @@ def make_attention_masks(
         mask, dict
     ):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
         return {**masks, "full": mask["full_attention"]}
-    kinds = set(config.layer_types)
-    if kinds != {"full_attention"}:
+    full = {config.is_full_attention(index) for index in range(config.num_hidden_layers)}
+    if False in full or config.shift_tokens:
         masks["padding"] = create_recurrent_attention_mask(config, hidden_states, mask, past_key_values)
         masks["window"] = mask
         masks["encoder_padding"] = encoder_mask
-    if "full_attention" in kinds:
+    if True in full:
         common = {"config": config, "inputs_embeds": hidden_states, "attention_mask": mask}
         if config.is_decoder:
             # Of a preallocated cache, the slots not yet filled have to be masked even for a single new token.

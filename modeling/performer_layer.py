@@ -43,10 +43,10 @@ class PerformerLayer(GradientCheckpointingLayer):
     def __init__(self, config, layer_idx: int):
         super().__init__()
         self.layer_idx = layer_idx
-        self.attention_type = config.layer_types[layer_idx]
+        is_full = config.is_full_attention(layer_idx)
         self.shifts_tokens, self.is_causal = config.shift_tokens, config.is_decoder
         self.mlp_shift_reads_padding = config.masked_keys_in_normalizer
-        attention = PerformerSoftmaxAttention if self.attention_type == "full_attention" else PerformerAttention
+        attention = PerformerSoftmaxAttention if is_full else PerformerAttention
         self.self_attn = attention(config, layer_idx, is_cross_attention=False)
         self.self_attn_branch = PerformerBranch(config)
         self.mlp = FeedForward(config)

@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, CacheLayerMixin
 
 from ..kernels.linear_attention import LinearAttentionState
+from .token_shift_cache import LastTokens
 
 
 # Advances a state by keys, values and their mask.
@@ -21,8 +22,8 @@ class RecurrentStateLayer(CacheLayerMixin):
     """The linear attention state of the global heads, the recent keys and values of the local heads, and last tokens.
 
     The sums of the state live in the inherited slots: `keys` `[B, H, M, V]`, `values` `[B, H, M]`; beside them
-    `log_scale` `[B, H]`. `window_keys` and `window_values` are `[B, local heads, ≤ reach, D]`. `last_tokens` holds, by
-    name, the `[B, 1, C]` that a token shift reads next.
+    `log_scale` `[B, H]`. `window_keys` and `window_values` are `[B, local heads, ≤ reach, D]`; `last_tokens` is what
+    token shifts read next.
 
     Rolling back does not subtract, which would cancel badly: while `record_past` is on, the layer keeps the state at
     the last `crop` with the keys and values since, and a crop advances that state by those that stay.
@@ -43,7 +44,7 @@ class RecurrentStateLayer(CacheLayerMixin):
 
     def _clear(self):
         self.keys = self.values = self.log_scale = self.window_keys = self.window_values = None
-        self.last_tokens: dict[str, Tensor] = {}
+        self.last_tokens = LastTokens()
         self.cumulative_length = 0
         self.window_reach = 0
         self.is_initialized = False
@@ -101,14 +102,8 @@ class RecurrentStateLayer(CacheLayerMixin):
         return key_states, value_states
 
     def shift_in(self, name: str, tokens: Tensor) -> Tensor | None:
-        """Store the tokens `[B, N, C]` of one token shift; return the `[B, 1, C]` before them, None at the start."""
-        stored = self.last_tokens.get(name)
-        before = None if stored is None else stored[:, -1:]
-        if self.record_past and stored is not None:
-            self.last_tokens[name] = torch.cat([stored, tokens], dim=1)
-        else:
-            self.last_tokens[name] = tokens if self.record_past else tokens[:, -1:]
-        return before
+        """See `LastTokens.shift_in`."""
+        return self.last_tokens.shift_in(name, tokens, self.record_past)
 
     # What `Cache` uses
 
@@ -141,11 +136,8 @@ class RecurrentStateLayer(CacheLayerMixin):
             if self.window_keys is not None:
                 stop = self.window_keys.shape[2] - remove
                 self.window_keys, self.window_values = self.window_keys[:, :, :stop], self.window_values[:, :, :stop]
-            # None left: the token before the recorded ones was already the very first.
-            kept = {name: tokens[:, : tokens.shape[1] - remove] for name, tokens in self.last_tokens.items()}
-            self.last_tokens = {name: tokens for name, tokens in kept.items() if tokens.shape[1]}
             self.cumulative_length -= remove
-        self.last_tokens = {name: tokens[:, -1:] for name, tokens in self.last_tokens.items()}
+        self.last_tokens.crop(remove)
         self._trim()
         self._forget()
 
@@ -197,7 +189,7 @@ class RecurrentStateLayer(CacheLayerMixin):
 
         for name in ("keys", "values", "log_scale", "window_keys", "window_values"):
             setattr(self, name, apply(getattr(self, name)))
-        self.last_tokens = {name: function(tokens) for name, tokens in self.last_tokens.items()}
+        self.last_tokens.map(function)
         if self._base is not None:
             self._base = LinearAttentionState(*map(function, self._base))
         self._recorded = [tuple(map(apply, entry)) for entry in self._recorded]
