@@ -11,6 +11,7 @@ Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(
 """
 
 import copy
+import re
 
 import torch
 from torch import nn
@@ -42,7 +43,6 @@ from .performer_attention import PerformerAttention, PerformerSoftmaxAttention
 from .performer_inputs import count_positions, make_attention_masks
 from .performer_layer import PerformerLayer
 from .positions import make_position_embedding
-from .random_features import draw_projection
 from .reversible import reversible_stack
 from .rotary import rotary_tables
 
@@ -64,6 +64,13 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
         "cross_attentions": OutputRecorder(PerformerSoftmaxAttention, index=1, layer_name="cross_attn"),
     }
 
+    def init_parallel_plans(self) -> None:
+        """The configuration's plans name all that a Performer may have; keep the entries for what this model has."""
+        super().init_parallel_plans()
+        modules = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
+        self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name in modules}
+
     @torch.no_grad()
     def _init_weights(self, module):
         super()._init_weights(module)
@@ -72,19 +79,10 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
         elif isinstance(module, ReZeroScale):
             init.constant_(module.g, ReZeroScale.INITIAL)
         elif isinstance(module, PerformerAttention):
-            config = module.config
             if module.projection_matrix is not None:
-                projection = draw_projection(
-                    *module.projection_matrix.shape,
-                    seed=config.feature_seed,
-                    layer_idx=module.projection_index,
-                    draw=0,
-                    orthogonal=config.orthogonal_features,
-                    scaling=config.feature_scaling,
-                )
-                init.copy_(module.projection_matrix, projection)
+                init.copy_(module.projection_matrix, module.initial_projection())
             if module.pair_norm is not None:
-                init.constant_(module.pair_norm, config.expected_pair_norm)
+                init.constant_(module.pair_norm, module.config.expected_pair_norm)
         elif isinstance(module, PerformerModel):
             init.zeros_(module.forwards_since_redraw)
             init.zeros_(module.num_redraws)

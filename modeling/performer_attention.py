@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 from .local_attention import local_attention, past_reach
-from .random_features import optimal_positive_constants
+from .random_features import draw_projection, optimal_positive_constants
 from .recurrent_cache import RecurrentStateLayer
 from .rotary import apply_rotary, rotary_tables
 from .sequence_features import sequence_stabilized_features
@@ -70,9 +70,11 @@ class PerformerAttention(_PerformerAttentionBase):
         self.has_global_heads = self.num_local_heads < config.num_attention_heads
         rows = self.num_projection_rows(config) if self.has_global_heads else 0
         # Persistent: the weights were trained with these features and mean nothing without them.
-        self.register_buffer("projection_matrix", torch.zeros(rows, config.head_dim) if rows else None)
+        self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
+        if rows and not self.projection_matrix.is_meta:
+            self.projection_matrix.copy_(self.initial_projection())
         optimal = config.feature_map == "optimal_positive" and self.has_global_heads
-        self.register_buffer("pair_norm", torch.zeros(()) if optimal else None)
+        self.register_buffer("pair_norm", torch.tensor(float(config.expected_pair_norm)) if optimal else None)
 
     @staticmethod
     def num_projection_rows(config) -> int:
@@ -80,6 +82,17 @@ class PerformerAttention(_PerformerAttentionBase):
         if config.feature_map in ("elu", "no_projection"):
             return 0
         return config.num_random_features // (2 if config.feature_map == "hyperbolic" else 1)
+
+    def initial_projection(self) -> torch.Tensor:
+        """The first draw of this layer's projection, `[rows, head_dim]`."""
+        return draw_projection(
+            *self.projection_matrix.shape,
+            seed=self.config.feature_seed,
+            layer_idx=self.projection_index,
+            draw=0,
+            orthogonal=self.config.orthogonal_features,
+            scaling=self.config.feature_scaling,
+        )
 
     def make_feature_map(self, projection: torch.Tensor | None) -> FeatureMap:
         """The feature map of this layer for the drawn `projection` `[M, D]` (None for maps without one)."""

@@ -36,7 +36,8 @@ def draw_projection(
     generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
 
     def normal(*shape):
-        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+        # On the CPU also where a model is made under `torch.device("cuda")`: the generator is the CPU's.
+        return torch.randn(*shape, generator=generator, dtype=torch.float64, device="cpu")
 
     if not orthogonal:
         return normal(num_rows, head_dim).float()
