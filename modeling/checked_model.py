@@ -22,7 +22,7 @@ class CheckedPreTrainedModel(PreTrainedModel):
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:
             raise ValueError(
-                f"the weights of {pretrained_model_name_or_path!r} must be whole safetensors files, got one that "
+                f"the weights of {str(pretrained_model_name_or_path)!r} must be whole safetensors files, got one that "
                 f"cannot be read ({error}): it is truncated or of another format"
             ) from error
 
