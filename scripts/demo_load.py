@@ -38,6 +38,22 @@ def hide_package(name: str) -> None:
     raise SystemExit(f"{name} was to be hidden, and can still be imported")
 
 
+def require_equal_logits(model, input_ids, expected) -> None:
+    """Ends the process unless the model's logits are the expected ones, every bit of them."""
+    import torch
+
+    with torch.no_grad():
+        logits = model(input_ids=input_ids).logits
+    if logits.shape != expected.shape:
+        raise SystemExit(
+            f"  logits have shape {tuple(logits.shape)}, the training process had {tuple(expected.shape)}"
+        )
+    if not torch.equal(logits, expected):
+        difference = (logits - expected).abs().max().item()
+        raise SystemExit(f"  logits differ from those of the training process by up to {difference:.3g}")
+    print(f"  all {logits.numel():,} logits equal those of the training process to the bit")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("folder")
@@ -62,14 +78,7 @@ def main() -> None:
     print(f"  {type(model).__name__} from {type(model).__module__.split('.')[0]}, {type(tokenizer).__name__}")
 
     probe = load_file(arguments.probe)
-    with torch.no_grad():
-        logits = model(input_ids=probe["input_ids"]).logits
-    if not torch.equal(logits, probe["logits"]):
-        difference = (
-            (logits - probe["logits"]).abs().max().item() if logits.shape == probe["logits"].shape else "shape"
-        )
-        raise SystemExit(f"  logits differ from those of the training process (largest difference: {difference})")
-    print(f"  all {logits.numel():,} logits equal those of the training process to the bit")
+    require_equal_logits(model, probe["input_ids"], probe["logits"])
 
     print(f"  its continuation of a prompt it has never seen:\n{'-' * 80}")
     set_seed(0)

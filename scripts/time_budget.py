@@ -7,9 +7,10 @@ learning rate follows the share of the budget that is spent, and the run stops w
 import math
 import time
 
+from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LambdaLR
 from tqdm.auto import tqdm
-from transformers import Trainer, TrainerCallback
+from transformers import TrainerCallback
 
 
 NO_LIMIT = 10**9  # for TrainingArguments(max_steps=): the clock decides
@@ -44,17 +45,9 @@ def learning_rate_factor(spent: float, warmup: float = 0.03, floor: float = 0.02
     return floor + (1 - floor) * 0.5 * (1 + math.cos(math.pi * progress))
 
 
-class TimedTrainer(Trainer):
-    """A `Trainer` whose learning rate follows a clock."""
-
-    def __init__(self, *args, clock: Clock, **kwargs):
-        super().__init__(*args, **kwargs)
-        self.clock = clock
-
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        if self.lr_scheduler is None:
-            self.lr_scheduler = LambdaLR(optimizer or self.optimizer, lambda _: learning_rate_factor(self.clock.spent))
-        return self.lr_scheduler
+def clocked_schedule(optimizer: Optimizer, clock: Clock) -> LambdaLR:
+    """For `Trainer(optimizers=)`: a scheduler that asks the clock and not the number of steps."""
+    return LambdaLR(optimizer, lambda _: learning_rate_factor(clock.spent))
 
 
 class TimeBudget(TrainerCallback):

@@ -1,15 +1,20 @@
 """scripts/demo.py in seconds instead of minutes. Run: pytest tests/test_demo.py"""
 
+import copy
 import subprocess
 import sys
 
 import pytest
+import torch
 from helpers import ROOT
 from load_script import load_script
+
+import hf_efficient
 
 
 demo = load_script("demo")
 demo_load = load_script("demo_load")
+muon_adamw = load_script("muon_adamw")
 text_sources = load_script("text_sources")
 time_budget = load_script("time_budget")
 
@@ -28,6 +33,7 @@ def shrink(monkeypatch):
     monkeypatch.setattr(demo, "BLOCK_SIZE", 64)
 
 
+@pytest.mark.slow
 def test_the_whole_demo(corpus, tmp_path, monkeypatch, capfd):
     shrink(monkeypatch)
     words = ["--minutes", "0.05", "--text_folder", str(corpus), "--output_dir", str(tmp_path / "out")]
@@ -51,22 +57,45 @@ def test_the_whole_demo(corpus, tmp_path, monkeypatch, capfd):
         demo.prepare_folder(str(tmp_path / "out"))
 
 
-def test_other_logits_are_noticed(tmp_path):
-    import torch
-    from safetensors.torch import save_file
-    from transformers import ByT5Tokenizer
-
-    import hf_efficient
-
+def test_other_logits_are_noticed(capsys):
     config = hf_efficient.PerformerConfig(vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
     model = hf_efficient.PerformerForCausalLM(config).eval()
-    model.save_pretrained(tmp_path / "model")
-    ByT5Tokenizer().save_pretrained(tmp_path / "model")
     input_ids = torch.arange(10)[None]
     logits = model(input_ids=input_ids).logits.detach()
-    logits[0, 3, 7] += 1e-6
-    save_file({"input_ids": input_ids, "logits": logits}, tmp_path / "probe.safetensors")
-    assert not demo.load_elsewhere(tmp_path / "model", tmp_path / "probe.safetensors", str(tmp_path), 4)
+    demo_load.require_equal_logits(model, input_ids, logits)
+    assert "to the bit" in capsys.readouterr().out
+    changed = logits.clone()
+    changed[0, 3, 7] = torch.nextafter(changed[0, 3, 7], torch.tensor(torch.inf))
+    with pytest.raises(SystemExit, match="differ from those of the training process by up to"):
+        demo_load.require_equal_logits(model, input_ids, changed)
+    with pytest.raises(SystemExit, match="have shape"):
+        demo_load.require_equal_logits(model, input_ids, logits[:, :5])
+
+
+def test_optimizer_gives_every_parameter_to_one_of_two():
+    config = hf_efficient.PerformerConfig(vocab_size=384, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = hf_efficient.PerformerForCausalLM(config)
+    optimizer = muon_adamw.MuonAdamW(model, lr=1e-3, matrix_lr=2e-3, weight_decay=0.1)
+    owned = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(owned) == sorted(map(id, model.parameters()))
+    matrices = {id(parameter) for parameter in muon_adamw.hidden_matrices(model)}
+    names = {name for name, parameter in model.named_parameters() if id(parameter) in matrices}
+    assert names and all("layers" in name and name.endswith("proj.weight") for name in names)
+    scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 0.5)
+    assert [group["lr"] for group in optimizer.param_groups] == [1e-3, 5e-4, 5e-4]
+    assert scheduler.get_last_lr() == [1e-3, 5e-4, 5e-4]
+    before = [parameter.detach().clone() for parameter in model.parameters()]
+    model(input_ids=torch.arange(8)[None], labels=torch.arange(8)[None]).loss.backward()
+    optimizer.step()
+    assert all(not torch.equal(old, new) for old, new in zip(before, model.parameters(), strict=True) if new.any())
+    optimizer.zero_grad()
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+    twin = muon_adamw.MuonAdamW(copy.deepcopy(model), lr=1e-3, matrix_lr=2e-3)
+    twin.load_state_dict(optimizer.state_dict())
+    assert [group["lr"] for group in twin.param_groups] == [1e-3, 5e-4, 5e-4]
+    with pytest.raises(ValueError, match="matrix_lr must be above 0, got 0"):
+        muon_adamw.MuonAdamW(model, lr=1e-3, matrix_lr=0)
 
 
 def test_the_other_process_proves_that_the_package_is_gone():

@@ -274,6 +274,7 @@ def test_derived_fields_follow_overrides(corpus, tmp_path):
 # Resuming
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["performer", "gpt2"])
 def test_killed_and_resumed_equals_uninterrupted(kind, corpus, tmp_path):
     """kill -9 in the middle; for Performer the features are drawn anew every 6 steps, on either side of it."""
