@@ -1,11 +1,8 @@
 """What a Performer's blocks need beside hidden states: positions, and a mask for each way a block may look."""
 
 import torch
-from transformers.masking_utils import (
-    create_bidirectional_mask,
-    create_causal_mask,
-    create_recurrent_attention_mask,
-)
+from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
+from transformers.utils.import_utils import is_tracing
 
 
 def count_positions(attention_mask, past_length, length: int, device) -> torch.Tensor:
@@ -13,6 +10,21 @@ def count_positions(attention_mask, past_length, length: int, device) -> torch.T
     if attention_mask is None or isinstance(attention_mask, dict) or attention_mask.ndim != 2:
         return (torch.arange(length, device=device) + past_length)[None]
     return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
+
+
+def padding_among_new_tokens(attention_mask, length: int) -> torch.Tensor | None:
+    """The mask of the last `length` tokens, or None if it masks nothing.
+
+    Like transformers' `create_recurrent_attention_mask`, except for a single token, which that one takes for real. A
+    padded prompt may come token by token too (`prefill_chunk_size=1`), and its padding must not enter the state.
+    """
+    if attention_mask is None or attention_mask.ndim != 2:
+        return None
+    mask = attention_mask[:, -length:].contiguous()
+    # Looking waits for the device: well spent on a prompt, not on every token after it.
+    if length > 1 and not is_tracing(mask) and bool((mask == 1).all()):
+        return None
+    return mask
 
 
 def make_attention_masks(
@@ -33,7 +45,7 @@ def make_attention_masks(
         return {**masks, "full": mask["full_attention"]}
     full = {config.is_full_attention(index) for index in range(config.num_hidden_layers)}
     if False in full or config.shift_tokens:
-        masks["padding"] = create_recurrent_attention_mask(config, hidden_states, mask, past_key_values)
+        masks["padding"] = padding_among_new_tokens(mask, hidden_states.shape[1])
         masks["window"] = mask
         masks["encoder_padding"] = encoder_mask
     if True in full:
