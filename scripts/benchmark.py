@@ -1,0 +1,159 @@
+"""Speed, memory and error of our operations and models beside SDPA, GPT-2 and the peer libraries.
+
+    make bench                                       everything (about eight minutes on two cores), then the targets
+    python scripts/benchmark.py --only causal        a part of it: causal, bidirectional, generate, decode
+    python scripts/benchmark.py --quick              tiny sizes, to see that it runs; writes nothing
+    python scripts/benchmark.py --report             the targets from the rows on disk, without measuring
+
+All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/performer.csv.
+
+glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
+each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
+a second time with the heap kept (`allocator` = "kept-heap", MALLOC_MMAP_THRESHOLD_ and MALLOC_TRIM_THRESHOLD_ raised).
+
+No figure is printed for an operation whose tests are red: they run first, unless these very sources passed before.
+"""
+
+import argparse
+import csv
+import os
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import benchmark_gate
+import torch
+from benchmark_measure import ROOT, Row, provenance
+from benchmark_table import markdown_table
+from benchmark_targets import report
+
+
+PARTS = ("causal", "bidirectional", "generate", "decode")
+OUTPUT = ROOT / "docs/benchmarks/performer.csv"
+KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
+SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
+# Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
+KEPT_HEAP_LENGTHS = (1024, 4096)
+
+
+def parse_arguments():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
+    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], help="of the attention rows")
+    parser.add_argument("--contexts", nargs="+", type=int, default=[128, 4096, 16384], help="of the decode rows")
+    parser.add_argument("--repeats", type=int, default=5, help="calls per row, at least")
+    parser.add_argument("--threads", type=int, default=2, help="processor threads")
+    parser.add_argument("--output", type=Path, help=f"CSV file; default: {OUTPUT.relative_to(ROOT)}")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and no peers: only shows that it runs")
+    parser.add_argument("--report", action="store_true", help="no measurement, only the targets of the rows on disk")
+    # What a run under another allocator is told; glibc reads its variables when a process starts.
+    parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
+    arguments = parser.parse_args()
+    for name in ("repeats", "threads"):
+        if getattr(arguments, name) < 1:
+            parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
+    for name in ("lengths", "contexts"):
+        if min(getattr(arguments, name)) < 4:
+            parser.error(f"--{name} must be at least 4, got {min(getattr(arguments, name))}")
+    return arguments
+
+
+def measure(arguments) -> list[Row]:
+    """All rows of this process, which runs under one allocator setting."""
+    from benchmark_models import measure_decoding, measure_generation
+    from benchmark_operations import measure as measure_operation
+
+    torch.set_num_threads(arguments.threads)
+    common = provenance(arguments.setting, arguments.threads)
+    rows = []
+
+    def collect(new_rows):
+        for row in new_rows:
+            for name, value in common.items():
+                setattr(row, name, value)
+            rows.append(row)
+            print(
+                f"{row.name:30} {row.provider:22} {row.mode:16} {row.length:6} {row.median:11.2f} ms"
+                f"  {'' if row.peak_mib is None else f'{row.peak_mib:8.1f} MiB'}",
+                flush=True,
+            )
+
+    quick = arguments.quick
+    for part in ("causal", "bidirectional"):
+        for length in arguments.lengths if part in arguments.only else ():
+            if arguments.setting == "default" or length in KEPT_HEAP_LENGTHS:
+                names = ["ours", "sdpa"] if quick else None
+                collect(measure_operation(length, part == "causal", arguments.repeats, names))
+    if arguments.setting == "default":
+        if "generate" in arguments.only:
+            for new_tokens in (8,) if quick else (192, 448):
+                collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
+        if "decode" in arguments.only:
+            collect(measure_decoding(arguments.contexts, arguments.repeats))
+    return rows
+
+
+def run_setting(setting: str, partial: Path) -> list[Row]:
+    """A fresh process per allocator setting, with the arguments of this one."""
+    command = [sys.executable, *sys.argv, "--setting", setting, "--output", str(partial)]
+    print(f"\nallocator: {setting}", flush=True)
+    subprocess.run(command, env=os.environ | SETTINGS[setting], check=True)
+    return read_rows(partial)
+
+
+def read_rows(path: Path) -> list[Row]:
+    with path.open(newline="") as file:
+        return [Row.from_text(texts) for texts in csv.DictReader(file)]
+
+
+def write_rows(path: Path, rows: list[Row]) -> None:
+    """The whole file at once, so that a crash leaves the old rows."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_suffix(".unfinished")
+    with unfinished.open("w", newline="") as file:
+        writer = csv.DictWriter(file, [f.name for f in fields(Row)])
+        writer.writeheader()
+        for row in rows:
+            rounded = {n: f"{v:.6g}" if isinstance(v, float) else v for n, v in asdict(row).items()}
+            writer.writerow({n: "" if v is None else v for n, v in rounded.items()})
+    unfinished.replace(path)
+
+
+def merged(old: list[Row], new: list[Row]) -> list[Row]:
+    """New rows take the place of old ones that measured the same; others stay, with their own date and commit."""
+    return list(({row.key: row for row in old} | {row.key: row for row in new}).values())
+
+
+def main():
+    arguments = parse_arguments()
+    if arguments.setting:
+        write_rows(arguments.output, measure(arguments))
+        return
+    output = arguments.output or OUTPUT
+    if arguments.report:
+        rows = read_rows(output)
+    else:
+        ops = ["linear_attention"] + (["performer"] if {"generate", "decode"} & set(arguments.only) else [])
+        benchmark_gate.require_green(ops, quick=arguments.quick)
+        if arguments.quick:
+            arguments.lengths, arguments.contexts = [64, 128], [16, 32]
+            sys.argv += ["--lengths", "64", "128", "--contexts", "16", "32", "--repeats", "1"]
+        # Only the attention rows have something to gain from a kept heap.
+        attention = {"causal", "bidirectional"} & set(arguments.only)
+        settings = ["default"] + (["kept-heap"] if attention and not arguments.quick else [])
+        rows = []
+        partial = ROOT / ".cache/benchmark/partial.csv"
+        partial.parent.mkdir(parents=True, exist_ok=True)
+        for setting in settings:
+            rows += run_setting(setting, partial)
+        partial.unlink()
+        if not arguments.quick or arguments.output:
+            rows = merged(read_rows(output) if output.exists() else [], rows)
+            write_rows(output, rows)
+            print(f"\n{len(rows)} rows in {output}")
+    print("\n" + markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
+
+
+if __name__ == "__main__":
+    main()

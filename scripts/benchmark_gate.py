@@ -1,0 +1,67 @@
+"""Lets a benchmark run only if the tests of what it measures are green: a fast wrong result is no result."""
+
+import hashlib
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+from benchmark_measure import ROOT
+
+
+# What has to be green, and of that, what a run that prints no real figure looks at.
+TESTS = {
+    "linear_attention": ["tests/test_linear_attention*.py"],
+    "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
+}
+QUICK_TESTS = {
+    "linear_attention": [
+        "tests/test_linear_attention.py::test_any_split_is_the_whole",
+        "tests/test_linear_attention_isolation.py::test_rows_without_any_key_are_zero",
+    ],
+    "performer": [],
+}
+SOURCES = ("hf_efficient", "configuration", "modeling", "kernels", "tests")
+PASSED = ROOT / ".cache/benchmark/passed"
+
+
+def require_green(ops: list[str], quick: bool = False) -> None:
+    """Run the tests of these operations and models, and end the program if one fails.
+
+    What passed is remembered by a hash of sources, tests and versions, so that only a change runs them again.
+    """
+    selected = [test for op in ops for test in (QUICK_TESTS if quick else TESTS)[op]]
+    tests = [found for test in selected for found in _matching(test)]
+    if not tests:
+        return
+    stamp = _stamp(tests)
+    remembered = PASSED.read_text().split() if PASSED.exists() else []
+    if stamp in remembered:
+        print(f"tests of {', '.join(ops)}: these sources passed before")
+        return
+    print(f"tests of {', '.join(ops)}: running", flush=True)
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    if finished.returncode:
+        print(finished.stdout[-4000:], finished.stderr[-2000:], sep="\n", file=sys.stderr)
+        sys.exit(f"The tests of {', '.join(ops)} are red: no figures. Run: pytest {' '.join(tests)}")
+    PASSED.parent.mkdir(parents=True, exist_ok=True)
+    PASSED.write_text("\n".join([*remembered[-20:], stamp]) + "\n")
+
+
+def _matching(test: str) -> list[str]:
+    if "::" in test:
+        return [test]
+    return sorted(str(path.relative_to(ROOT)) for path in ROOT.glob(test))
+
+
+def _stamp(tests: list[str]) -> str:
+    digest = hashlib.sha256("\0".join([*tests, version("torch"), version("transformers")]).encode())
+    for folder in SOURCES:
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            digest.update(_named_content(path))
+    return digest.hexdigest()
+
+
+def _named_content(path: Path) -> bytes:
+    return str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes() + b"\0"

@@ -1,0 +1,100 @@
+"""Makes the tables of the docs and the README from the measured rows, so that no figure is typed.
+
+    python scripts/benchmark_table.py docs/benchmarks/performer.csv            prints the tables
+    python scripts/benchmark_table.py docs/benchmarks/performer.csv README.md  writes them between the markers in there
+
+The markers are the lines `<!-- benchmarks: begin -->` and `<!-- benchmarks: end -->`.
+"""
+
+import argparse
+import csv
+import sys
+from pathlib import Path
+
+from benchmark_measure import Row
+from benchmark_targets import report
+
+
+BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
+TITLES = {
+    "linear_attention_causal": "Causal attention",
+    "linear_attention_bidirectional": "Bidirectional attention",
+    "generate": "`generate`, greedy",
+    "decode": "Decoding step by step",
+}
+
+
+def markdown_table(header: list[str], lines: list[tuple]) -> str:
+    """A table whose columns line up, the first to the left and the others to the right."""
+    cells = [header, *[[str(cell) for cell in line] for line in lines]]
+    widths = [max(len(line[column]) for line in cells) for column in range(len(header))]
+
+    def joined(line):
+        padded = [c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(line, widths, strict=True))]
+        return f"| {' | '.join(padded)} |"
+
+    rule = [":" + "-" * (widths[0] - 1), *["-" * (width - 1) + ":" for width in widths[1:]]]
+    return "\n".join([joined(cells[0]), joined(rule), *map(joined, cells[1:])])
+
+
+def tables(rows: list[Row]) -> str:
+    """Every table, with the line that says where its figures come from."""
+    parts = []
+    for name, allocator in dict.fromkeys((row.name, row.allocator) for row in rows):
+        own = [row for row in rows if (row.name, row.allocator) == (name, allocator)]
+        speed = own[0].tokens_per_second is not None
+        unit = "tokens/s" if speed else "ms (peak MiB)"
+        heap = "" if allocator == "default" else ", heap kept"
+        parts.append(f"**{TITLES.get(name, name)}**, {unit}, {own[0].sizes}, {own[0].threads} threads{heap}")
+        columns = list(dict.fromkeys((row.mode, row.length) for row in own))
+        found = {(row.provider, row.mode, row.length): row for row in own}
+        header = ["", *[f"{mode} {_short(length)}" for mode, length in columns]]
+        lines = [
+            (provider, *[_cell(found.get((provider, *column))) for column in columns])
+            for provider in dict.fromkeys(row.provider for row in own)
+        ]
+        parts.append(markdown_table(header, lines))
+    parts.append("**Targets**")
+    parts.append(markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
+    first = rows[0]
+    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+    parts.append(
+        f"Measured {first.date[:10]} on {first.device}, torch {first.torch}, transformers {first.transformers}, "
+        f"commit {commits}, by `scripts/benchmark.py`; medians, spreads and errors are in the CSV file."
+    )
+    return "\n\n".join(parts)
+
+
+def _cell(row: Row | None) -> str:
+    if row is None:
+        return ""
+    if row.tokens_per_second is not None:
+        return f"{row.tokens_per_second:.0f}"
+    memory = "" if row.peak_mib is None else f" ({row.peak_mib:.0f})"
+    return f"{row.median:.0f}{memory}" if row.median >= 10 else f"{row.median:.1f}{memory}"
+
+
+def _short(length: int) -> str:
+    return f"{length // 1024}k" if length % 1024 == 0 else str(length)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("rows", type=Path, help="CSV file that scripts/benchmark.py wrote")
+    parser.add_argument("document", type=Path, nargs="?", help="Markdown file with the two marker lines")
+    arguments = parser.parse_args()
+    with arguments.rows.open(newline="") as file:
+        text = tables([Row.from_text(texts) for texts in csv.DictReader(file)])
+    if arguments.document is None:
+        print(text)
+        return
+    document = arguments.document.read_text()
+    before, begin, rest = document.partition(BEGIN)
+    _, end, after = rest.partition(END)
+    if not (begin and end):
+        sys.exit(f"{arguments.document} needs the lines {BEGIN} and {END}, in that order")
+    arguments.document.write_text(f"{before}{BEGIN}\n\n{text}\n\n{END}{after}")
+
+
+if __name__ == "__main__":
+    main()

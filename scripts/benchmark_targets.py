@@ -1,0 +1,136 @@
+"""The ratios that the project promises, computed from benchmark rows. Each is a comparison within one process."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from benchmark_measure import Row
+
+
+BOTH = ("forward", "forward+backward")
+
+
+@dataclass
+class Target:
+    """`value(rows)` gives the figure, None where a row is missing; it passes at or above (below) `bound`."""
+
+    text: str
+    value: Callable[["Rows"], float | None]
+    bound: float
+    at_most: bool = False
+
+    def verdict(self, rows: "Rows") -> tuple[float | None, str]:
+        value = self.value(rows)
+        if value is None:
+            return None, "not measured"
+        passed = value <= self.bound if self.at_most else value >= self.bound
+        return value, "pass" if passed else "MISS"
+
+
+class Rows:
+    """Rows of one allocator setting, found by what they measured."""
+
+    def __init__(self, rows: list[Row], allocator: str):
+        self.found = {row.key[:4]: row for row in rows if row.allocator == allocator}
+
+    def ratio(self, name, mode, length, numerator, denominator, field="median", other_length=None):
+        """`field` of one provider over that of another."""
+        above = self.found.get((name, numerator, mode, length))
+        below = self.found.get((name, denominator, mode, other_length or length))
+        values = [getattr(row, field) if row else None for row in (above, below)]
+        return None if None in values or not values[1] else values[0] / values[1]
+
+
+def _attention_targets():
+    causal, both_ways = "linear_attention_causal", "linear_attention_bidirectional"
+    peer = "performer-pytorch"
+    for mode, bound in zip(BOTH, (7, 15), strict=True):
+        yield Target(
+            f"causal {mode} at 4k: times faster than {peer}",
+            lambda rows, mode=mode: rows.ratio(causal, mode, 4096, peer, "ours"),
+            bound,
+        )
+    for mode in BOTH:
+        yield Target(
+            f"causal {mode} at 4k: {peer}'s peak memory over ours",
+            lambda rows, mode=mode: rows.ratio(causal, mode, 4096, peer, "ours", "peak_mib"),
+            20,
+        )
+    for length, bound in ((4096, 1), (16384, 4)):
+        for mode in BOTH:
+            yield Target(
+                f"causal {mode} at {length // 1024}k: times faster than SDPA",
+                lambda rows, mode=mode, n=length: rows.ratio(causal, mode, n, "sdpa", "ours"),
+                bound,
+            )
+    for mode in BOTH:
+        yield Target(
+            f"causal {mode}: time at 16k over time at 4k",
+            lambda rows, mode=mode: rows.ratio(causal, mode, 16384, "ours", "ours", other_length=4096),
+            4.4,
+            at_most=True,
+        )
+    for length in (4096, 16384):
+        for kind, features in (("", "softmax"), ("-relu", "ReLU")):
+            for mode in BOTH:
+                yield Target(
+                    f"bidirectional {mode} at {length // 1024}k, {features} features: times faster than {peer}",
+                    lambda rows, mode=mode, n=length, kind=kind: rows.ratio(
+                        both_ways, mode, n, peer + kind, "ours" + kind
+                    ),
+                    1.5,
+                )
+    for mode in BOTH:
+        yield Target(
+            f"bidirectional {mode} at 16k: times faster than SDPA",
+            lambda rows, mode=mode: rows.ratio(both_ways, mode, 16384, "sdpa", "ours"),
+            10,
+        )
+
+
+def _decoding_targets():
+    speed = "tokens_per_second"
+    for mode, length, bound in (("64+192", 256, 30), ("64+448", 512, 30)):
+        yield Target(
+            f"generate {mode}: times faster than performer-pytorch",
+            lambda rows, mode=mode, n=length: rows.ratio("generate", mode, n, "ours", "performer-pytorch", speed),
+            bound,
+        )
+        yield Target(
+            f"generate {mode}: times faster than cached GPT-2",
+            lambda rows, mode=mode, n=length: rows.ratio("generate", mode, n, "ours", "gpt2", speed),
+            1,
+        )
+    steps = "64 steps"
+    yield Target(
+        "decode: tokens/s at 16k context over tokens/s at 128",
+        lambda rows: rows.ratio("decode", steps, 16384, "ours", "ours", speed, other_length=128),
+        0.9,
+    )
+    yield Target(
+        "decode: GPT-2's cache over ours at 16k context, in bytes",
+        lambda rows: rows.ratio("decode", steps, 16384, "gpt2", "ours", "cache_bytes"),
+        10,
+    )
+    for length in (4096, 16384):
+        yield Target(
+            f"decode at {length // 1024}k context: times faster than GPT-2",
+            lambda rows, n=length: rows.ratio("decode", steps, n, "ours", "gpt2", speed),
+            1,
+        )
+
+
+TARGETS = [*_attention_targets(), *_decoding_targets()]
+
+
+def report(rows: list[Row]) -> list[tuple[str, str, str, str, str]]:
+    """(target, bound, figure, verdict, allocator) for every target, per allocator setting that has rows."""
+    lines = []
+    for allocator in dict.fromkeys(row.allocator for row in rows):
+        of_setting = Rows(rows, allocator)
+        for target in TARGETS:
+            value, verdict = target.verdict(of_setting)
+            if value is None and allocator != "default":
+                continue  # the second setting repeats only what it can change
+            bound = f"{'≤' if target.at_most else '≥'} {target.bound:g}"
+            lines.append((target.text, bound, "" if value is None else f"{value:.2f}", verdict, allocator))
+    return lines
