@@ -12,6 +12,7 @@ Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(
 
 import copy
 import re
+from typing import Unpack
 
 import torch
 from torch import nn
@@ -30,7 +31,7 @@ from transformers.modeling_outputs import (
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
-from transformers.utils import can_return_tuple
+from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
@@ -127,7 +128,7 @@ class PerformerModel(PerformerPreTrainedModel):
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
         """Hidden states for `[B, N]` token ids.
 
@@ -273,7 +274,7 @@ class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> CausalLMOutputWithCrossAttentions:
         """Next-token logits `[B, N, vocab_size]`; arguments as in `PerformerModel.forward`, and:
 
@@ -327,7 +328,12 @@ class PerformerForMaskedLM(PerformerPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> MaskedLMOutput:
         """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
         outputs = self.model(
@@ -359,7 +365,12 @@ class PerformerForSequenceClassification(PerformerPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> SequenceClassifierOutput:
         """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
         outputs = self.model(
@@ -403,7 +414,12 @@ class PerformerForTokenClassification(PerformerPreTrainedModel):
 
     @can_return_tuple
     def forward(
-        self, input_ids=None, attention_mask=None, inputs_embeds=None, labels=None, **kwargs
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> TokenClassifierOutput:
         """Logits `[B, N, num_labels]`; `labels` `[B, N]`, -100 where there is none."""
         outputs = self.model(
@@ -433,7 +449,7 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         inputs_embeds=None,
         start_positions=None,
         end_positions=None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> QuestionAnsweringModelOutput:
         """Start and end logits `[B, N]`; `start_positions` and `end_positions` `[B]`, ignored if outside the input."""
         outputs = self.model(
@@ -492,7 +508,7 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
         decoder_inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
-        **kwargs,
+        **kwargs: Unpack[TransformersKwargs],
     ) -> Seq2SeqLMOutput:
         """Logits `[B, N, vocab_size]` of the decoder; arguments as in `PerformerModel.forward`, and:
 
