@@ -1,4 +1,4 @@
-"""Holds the tests of this folder to the table in skips.py: an unlisted skip is red, so is a listed one that ran."""
+"""Holds the tests of this folder to the table in skips.py: an unlisted skip is red, so is a listed one that passed."""
 
 from pathlib import Path
 
@@ -10,7 +10,8 @@ from .skips import entries_for
 HERE = Path(__file__).parent
 # True while the body of the test runs: a report made then is one of a `subTest`.
 IN_BODY = pytest.StashKey[bool]()
-SKIPPED = pytest.StashKey[bool]()
+# A skip or failure that the table explains, of the test or of one of its subtests, has been seen.
+EXPLAINED = pytest.StashKey[bool]()
 
 UPSTREAM_MARKERS = (
     "accelerate_tests",
@@ -56,16 +57,19 @@ def pytest_runtest_makereport(item, call):
     if item.path.parent != HERE or report.when == "teardown" or hasattr(report, "wasxfail"):
         return report
     class_name, test = (item.cls.__name__ if item.cls else ""), item.originalname or item.name
-    entries = entries_for(class_name, test)
+    rows = entries_for(class_name, test)
     if report.skipped:
-        item.stash[SKIPPED] = True
+        item.stash[EXPLAINED] = True
         message = report.longrepr[2]
-        if not any(entry.explains(message) for entry in entries):
+        if not any(row.explains(message) for row in rows if not row.fails):
             _fail(report, f"{class_name}.{test} skips itself, which skips.py does not say: {message}")
+    elif report.failed and any(row.explains(report.longreprtext) for row in rows if row.fails):
+        item.stash[EXPLAINED] = True
+        report.outcome, report.wasxfail = "skipped", "in skips.py"
     # The report of the whole test comes last, after those of its subtests.
     elif report.passed and report.when == "call" and not item.stash[IN_BODY]:
-        ran = not item.stash.get(SKIPPED, False)
-        if ran and any(entry.demanded() for entry in entries):
+        passed = not item.stash.get(EXPLAINED, False)
+        if passed and any(row.demanded() for row in rows):
             _fail(report, f"{class_name}.{test} ran and passed: take it out of skips.py")
     return report
 

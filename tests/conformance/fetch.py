@@ -10,7 +10,6 @@ fresh processes, which import the test functions by name.
 """
 
 import importlib.metadata
-import importlib.util
 import shutil
 import subprocess
 import sys
@@ -79,20 +78,19 @@ def _download_sdist(version: str, folder: Path) -> Path:
     with tempfile.TemporaryDirectory(dir=folder) as target:
         command = [sys.executable, "-m", "pip", "download", f"transformers=={version}"]
         command += ["--no-deps", "--no-binary", "transformers", "--dest", target, "--quiet"]
-        # pip asks every sdist for its metadata. With setuptools at hand that takes two seconds instead of the twenty
-        # that an isolated build environment costs.
-        if importlib.util.find_spec("setuptools") is not None:
-            command.append("--no-build-isolation")
-        result = subprocess.run(command, capture_output=True, text=True, check=False)
-        found = list(Path(target).glob("transformers-*.tar.gz"))
-        if result.returncode != 0 or len(found) != 1:
-            raise FetchError(
-                f"tests/conformance runs transformers' own tests, which only its sdist on PyPI carries, and "
-                f"{' '.join(command)!r} did not deliver transformers-{version}.tar.gz. Give pip access to an index, "
-                f"or put that file at {existing}, or leave these tests out with --ignore=tests/conformance.\n"
-                f"pip said:\n{result.stdout}{result.stderr}"
-            )
-        return found[0].rename(existing)
+        # pip asks every sdist for its metadata. With setuptools at hand that takes two seconds; the isolated build
+        # environment, for where setuptools is not there or too old, takes twenty.
+        for isolation in (["--no-build-isolation"], []):
+            result = subprocess.run([*command, *isolation], capture_output=True, text=True, check=False)
+            found = list(Path(target).glob("transformers-*.tar.gz"))
+            if result.returncode == 0 and len(found) == 1:
+                return found[0].rename(existing)
+        raise FetchError(
+            f"tests/conformance runs transformers' own tests, which only its sdist on PyPI carries, and "
+            f"{' '.join(command)!r} did not deliver transformers-{version}.tar.gz. Give pip access to an index, "
+            f"or put that file at {existing}, or leave these tests out with --ignore=tests/conformance.\n"
+            f"pip said:\n{result.stdout}{result.stderr}"
+        )
 
 
 def _unpack_tests(sdist: Path, package: Path) -> None:

@@ -65,10 +65,13 @@ class TextTester:
     vocab_size = 99
     num_labels = 3
 
-    def get_config(self):
+    def config_values(self) -> dict:
         sizes = ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads")
-        arguments = {name: getattr(self, name) for name in sizes} | {"pad_token_id": 0, "bos_token_id": 1}
-        return self.config_class(**arguments, eos_token_id=2, num_labels=self.num_labels, **self.config_arguments)
+        special = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+        return {name: getattr(self, name) for name in sizes} | special | copy.deepcopy(self.config_arguments)
+
+    def get_config(self):
+        return self.config_class(**self.config_values(), num_labels=self.num_labels)
 
     def token_ids(self, length: int) -> torch.Tensor:
         # No special tokens: generation in these tests must not stop by accident, and no row ends in the middle.
@@ -115,7 +118,7 @@ class CommonTests(ModelTesterMixin):
         self.model_tester = self.tester()
         self.all_model_classes = self.tester.model_classes
         self.config_tester = ConfigTester(
-            self, config_class=self.tester.config_class, **copy.deepcopy(self.tester.config_arguments)
+            self, config_class=self.tester.config_class, **self.model_tester.config_values()
         )
 
     def test_config(self):
