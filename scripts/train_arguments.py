@@ -1,5 +1,7 @@
 """The arguments of train.py, read as Hugging Face's example scripts read theirs, and checked before any work."""
 
+import json
+import re
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -7,6 +9,9 @@ from pathlib import Path
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 from transformers.integrations import is_tensorboard_available, is_trackio_available
+
+
+EXPONENT_NUMBER = re.compile(r"[+-]?\d+(\.\d*)?[eE][+-]?\d+")
 
 
 @dataclass
@@ -102,12 +107,17 @@ def installed_trackers() -> list[str]:
 
 def read_argument_file(path: Path) -> dict:
     try:
-        values = yaml.safe_load(path.read_text(encoding="utf-8"))  # JSON is YAML
-    except (OSError, yaml.YAMLError) as error:
+        text = path.read_text(encoding="utf-8")
+        values = json.loads(text) if path.suffix == ".json" else yaml.safe_load(text)
+    except (OSError, ValueError, yaml.YAMLError) as error:
         raise ValueError(f"{path} must be a readable JSON or YAML file of arguments, got: {error}") from error
     if not isinstance(values, dict):
         raise ValueError(f"{path} must hold a mapping of argument names to values, got {type(values).__name__}")
-    return values
+    # YAML 1.1 takes 1e-3 for text, which is how everybody writes a learning rate.
+    return {
+        name: float(value) if isinstance(value, str) and EXPONENT_NUMBER.fullmatch(value) else value
+        for name, value in values.items()
+    }
 
 
 def parse_arguments(arguments: list[str] | None = None) -> Arguments:

@@ -95,7 +95,7 @@ def test_truncated_weights(checkpoint, tmp_path):
     hf_efficient.PerformerForCausalLM(config).save_pretrained(tmp_path)
     with open(tmp_path / "model.safetensors", "r+b") as file:
         file.truncate(500)
-    with pytest.raises(ValueError, match="must hold whole weights"):
+    with pytest.raises(ValueError, match="must (hold|be) whole"):
         run(str(tmp_path), "--prompt", "a")
 
 
