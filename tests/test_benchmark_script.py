@@ -1,0 +1,204 @@
+"""scripts/benchmark.py: it runs, refuses figures of red code, and its rows, targets and tables say what was measured.
+
+Run: pytest tests/test_benchmark_script.py
+"""
+
+import dataclasses
+
+import pytest
+import torch
+from helpers import ROOT, run_python
+from load_script import load_script
+
+
+measure = load_script("benchmark_measure")
+gate = load_script("benchmark_gate")
+models = load_script("benchmark_models")
+operations = load_script("benchmark_operations")
+table = load_script("benchmark_table")
+targets = load_script("benchmark_targets")
+benchmark = load_script("benchmark")
+
+
+def make_row(name, provider, mode, length, median, **fields):
+    return measure.Row(name, provider, mode, length, median, median, median, 5, **fields)
+
+
+def test_quick_run(tmp_path):
+    output = tmp_path / "rows.csv"
+    printed = run_python(
+        "scripts/benchmark.py",
+        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "--output", output),
+        environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    rows = benchmark.read_rows(output)
+    found = {(row.name, row.provider, row.mode, row.length) for row in rows}
+    for provider in ("ours", "sdpa"):
+        for mode in ("forward", "forward+backward"):
+            assert ("linear_attention_causal", provider, mode, 128) in found
+    assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
+    for row in rows:
+        assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
+        assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date
+        if row.name.startswith("linear_attention"):
+            assert row.error is not None and row.error < 1e-4
+    ours, theirs = ({row.length: row for row in rows if row.key[:2] == ("decode", p)} for p in ("ours", "gpt2"))
+    assert ours[16].cache_bytes == ours[32].cache_bytes > 0
+    assert theirs[32].cache_bytes > theirs[16].cache_bytes
+    assert "| target" in printed and "not measured" in printed
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_every_provider_attends(causal):
+    """Each against its own formula in float64; the peers' too, so that a row never times nonsense."""
+    rows = list(operations.measure(64, causal, repeats=1))
+    providers = {"ours", "ours-relu", "sdpa", "performer-pytorch", "performer-pytorch-relu"}
+    assert {row.provider for row in rows} == providers
+    assert all(row.error < 1e-3 for row in rows)
+    assert all(("performer-pytorch 1." in row.peer) == row.provider.startswith("performer-pytorch") for row in rows)
+
+
+def test_models_are_of_one_size():
+    sizes = [sum(p.numel() for p in make().parameters()) for make in (models.performer, lambda: models.gpt2(256))]
+    assert max(sizes) < 1.02 * min(sizes)
+
+
+@pytest.fixture
+def small_project(tmp_path, monkeypatch):
+    (tmp_path / "tests").mkdir()
+    monkeypatch.setattr(gate, "ROOT", tmp_path)
+    monkeypatch.setattr(gate, "PASSED", tmp_path / ".cache/passed")
+    monkeypatch.setattr(gate, "TESTS", {"op": ["tests/test_op*.py"]})
+    return tmp_path
+
+
+def test_no_figure_while_tests_are_red(small_project):
+    test = small_project / "tests/test_op.py"
+    test.write_text("def test_it(): assert False\n")
+    with pytest.raises(SystemExit, match="tests of op are red: no figures"):
+        gate.require_green(["op"])
+    assert not gate.PASSED.exists()
+    test.write_text("def test_it(): pass\n")
+    gate.require_green(["op"])
+
+
+def test_green_is_remembered_until_something_changes(small_project, capsys):
+    test, source = small_project / "tests/test_op_more.py", small_project / "kernels/op.py"
+    source.parent.mkdir()
+    test.write_text("def test_it(): pass\n")
+    messages = []
+    for content in ("one = 1\n", "one = 1\n", "one = 2\n", "one = 1\n"):
+        source.write_text(content)
+        gate.require_green(["op"])
+        messages.append("running" in capsys.readouterr().out)
+    assert messages == [True, False, True, False]
+    test.write_text("def test_it(): assert False\n")
+    with pytest.raises(SystemExit):
+        gate.require_green(["op"])
+
+
+def test_gate_finds_its_tests():
+    """A renamed test file must not open the gate."""
+    for op, patterns in gate.TESTS.items():
+        for pattern in patterns:
+            assert gate._matching(pattern), f"{op}: no file like {pattern}"
+    for test in gate.QUICK_TESTS["linear_attention"]:
+        path, _, name = test.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text()
+
+
+def test_rows_survive_the_file(tmp_path):
+    rows = [
+        make_row("op", "ours", "forward", 64, 1.25, peak_mib=3.5, error=1e-7, error_length=64, load=0.5),
+        make_row("decode", "gpt2", "64 steps", 128, 70.0, tokens_per_second=914.0, cache_bytes=123, peer="x 1"),
+    ]
+    benchmark.write_rows(tmp_path / "new/rows.csv", rows)
+    assert benchmark.read_rows(tmp_path / "new/rows.csv") == rows
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["rows.csv"]
+
+
+def test_new_rows_replace_old_ones_of_the_same_measurement():
+    old = [make_row("op", "ours", "forward", 64, 1.0), make_row("op", "ours", "forward", 128, 2.0)]
+    new = [
+        make_row("op", "ours", "forward", 64, 3.0),
+        make_row("op", "ours", "forward", 64, 4.0, allocator="kept-heap"),
+    ]
+    assert [row.median for row in benchmark.merged(old, new)] == [3.0, 2.0, 4.0]
+
+
+def test_targets_judge_ratios():
+    def verdicts(**changes):
+        rows = [
+            make_row("linear_attention_causal", "ours", "forward", 4096, 10.0, peak_mib=1.0),
+            make_row("linear_attention_causal", "performer-pytorch", "forward", 4096, 70.0, peak_mib=19.0),
+            make_row("linear_attention_causal", "sdpa", "forward", 4096, 10.0),
+            make_row("linear_attention_causal", "ours", "forward", 16384, 44.0),
+            make_row("generate", "ours", "64+192", 256, 1.0, tokens_per_second=299.0),
+            make_row("generate", "performer-pytorch", "64+192", 256, 1.0, tokens_per_second=10.0),
+        ]
+        rows = [dataclasses.replace(row, **changes) for row in rows]
+        return {line[0]: line[2:4] for line in targets.report(rows)}
+
+    found = verdicts()
+    assert found["causal forward at 4k: times faster than performer-pytorch"] == ("7.00", "pass")
+    assert found["causal forward at 4k: performer-pytorch's peak memory over ours"] == ("19.00", "MISS")
+    assert found["causal forward at 4k: times faster than SDPA"] == ("1.00", "pass")
+    assert found["causal forward: time at 16k over time at 4k"] == ("4.40", "pass")
+    assert found["generate 64+192: times faster than performer-pytorch"] == ("29.90", "MISS")
+    assert found["causal forward at 16k: times faster than SDPA"] == ("", "not measured")
+    # Under the second setting only what was measured is listed.
+    assert set(verdicts(allocator="kept-heap")) == {name for name, (figure, _) in found.items() if figure}
+
+
+def test_tables_come_from_the_rows(tmp_path):
+    rows = [
+        make_row("linear_attention_causal", "ours", "forward", 4096, 91.4, peak_mib=12.2, sizes="B1", threads=2),
+        make_row("linear_attention_causal", "sdpa", "forward", 4096, 123.0, peak_mib=8.0, sizes="B1", threads=2),
+    ]
+    benchmark.write_rows(tmp_path / "rows.csv", rows)
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
+    for _ in range(2):
+        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", document)
+    text = document.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert "91 (12)" in text and "123 (8)" in text and "1.35" in text and text.count("Causal attention") == 1
+    document.write_text("no markers\n")
+    with pytest.raises(AssertionError, match="needs the lines"):
+        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", document)
+    assert document.read_text() == "no markers\n"
+
+
+def test_time_rounds_calls_in_turns():
+    calls = []
+    functions = {name: lambda name=name: calls.append(name) for name in "ab"}
+    times = measure.time_rounds(functions, repeats=3)
+    assert calls[:8] == ["a", "b", "a", "b", "a", "b", "a", "b"]  # one round to warm up
+    assert all(len(samples) >= 3 for samples in times.values())
+
+
+def test_summary_is_of_the_samples():
+    assert measure.summary([5.0, 1.0, 3.0, 2.0, 4.0]) == {"median": 3.0, "p20": 2.0, "p80": 5.0, "repeats": 5}
+
+
+def test_peak_memory_sees_what_a_call_takes():
+    def allocate(mib):
+        return lambda: torch.ones(mib * 2**18).sum()
+
+    if measure.peak_memory(lambda: None) is None:
+        pytest.skip("this system keeps no high-water mark of a process")
+    allocate(300)()  # a block that was used before must not hide the next one
+    assert 95 < measure.peak_memory(allocate(100)) < 130
+    assert measure.peak_memory(allocate(1)) < 20
+
+
+def test_cache_bytes_counts_everything_once():
+    class Layer:
+        def __init__(self):
+            tensor = torch.zeros(10)
+            self.keys, self.view, self.more = tensor, tensor[2:], {"x": [torch.zeros(3, dtype=torch.int64)]}
+
+    class Cache:
+        layers = [Layer(), Layer()]
+
+    assert models.cache_bytes(Cache()) == 2 * (40 + 24)
