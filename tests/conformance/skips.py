@@ -74,7 +74,7 @@ SKIPS = (
     Skip(
         tests="test_torch_compile_for_training",
         raised="test is slow|_torch_compile_train_cls",
-        reason="needs a GPU (CUDA graphs); tests/test_training.py trains under `torch.compile` on the CPU",
+        reason="needs a GPU (CUDA graphs); tests/test_performer_training.py trains under `torch.compile`",
     ),
     Skip(
         tests="test_flash_attn_[234]_.*",
@@ -110,8 +110,8 @@ SKIPS = (
     Skip(tests="test_vision_axial_rope", raised="axial RoPE|`base_model_class`", reason="rotary positions of images"),
     Skip(
         tests="test_(attn_implementation_composite_models|can_set_attention_dynamically_composite_model"
-        "|internal_model_config_and_subconfig_are_same)",
-        raised="not (a )?composite|No subconfigs|does not support attentions",
+        "|internal_model_config_and_subconfig_are_same|sdpa_can_dispatch_composite_models)",
+        raised="not (a )?composite|No subconfigs|does not support (attentions|SDPA)",
         reason="about configs made of other configs",
     ),
     Skip(
@@ -153,11 +153,6 @@ SKIPS = (
         raised="does not (output|support) attentions",
         reason="linear attention never forms the matrix of attention weights; PerformerSoftmaxTest runs them",
         classes="Performer(Decoder|Local|Hybrid|Encoder|EncoderDecoder)Test",
-    ),
-    Skip(
-        tests="test_sdpa_can_dispatch_composite_models",
-        raised="does not support (SDPA|attentions)",
-        reason="about configs made of other configs",
     ),
     Skip(
         tests="test_sliding_window_mask",
