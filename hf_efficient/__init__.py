@@ -1,6 +1,6 @@
 """Efficient-attention architectures as first-class Hugging Face models.
 
-    import hf_efficient  # registers the architectures with AutoConfig, AutoModel and their kin
+    import hf_efficient  # registers the architectures with AutoConfig, AutoModel and their kin, and "favor" attention
     model = hf_efficient.PerformerForCausalLM(hf_efficient.PerformerConfig())
 
 Importing this package imports neither torch nor Triton; each public name does so when it is first used.
@@ -53,4 +53,4 @@ def __dir__():
     return sorted({*globals(), *_PUBLIC})
 
 
-_register_with_transformers()
+_register_with_transformers(attention="attention:register_favor_attention")

@@ -1,4 +1,4 @@
-"""Registers the architectures with transformers' Auto classes, without importing transformers before the user does.
+"""Registers the architectures and the attention "favor" with transformers, without importing it before the user does.
 
 Registering needs the classes themselves, and with them torch and a good part of transformers: seconds. So it happens
 when transformers' own Auto modules are imported, which nobody can do without before using an Auto class. It waits
@@ -11,17 +11,25 @@ import sys
 import threading
 from contextlib import contextmanager
 
-from .registry import ARCHITECTURES
+from .registry import ARCHITECTURES, resolve
 
 
 CONFIGURATION_AUTO = "transformers.models.auto.configuration_auto"
 MODELING_AUTO = "transformers.models.auto.modeling_auto"
+MODELING_UTILS = "transformers.modeling_utils"
 
 _WATCHED = ("transformers.", f"{__package__}.")
 
 
-def register_with_transformers() -> None:
-    """Register now what can be registered now, and the rest when transformers' Auto modules are imported."""
+def register_with_transformers(attention: str | None = None) -> None:
+    """Register now what can be registered now, and the rest when the modules of transformers are imported.
+
+    Args:
+        attention: "module:function" of this package, to be called when attention implementations can be registered.
+    """
+    if attention is not None and attention not in _known_attention:
+        _known_attention.add(attention)
+        _pending[MODELING_UTILS] = lambda: resolve(attention)()
     # Also after a reload of the package: a second finder would do no harm, but no good either.
     if _finder not in sys.meta_path and _pending:
         sys.meta_path.insert(0, _finder)
@@ -43,11 +51,12 @@ def _register_models() -> None:
 
 # What is still to be done once the named module is there.
 _pending = {CONFIGURATION_AUTO: _register_configs, MODELING_AUTO: _register_models}
+_known_attention: set[str] = set()
 _thread = threading.local()  # .depth: how many watched modules this thread is importing right now
 
 
 def _register_what_is_ready() -> None:
-    for module in (CONFIGURATION_AUTO, MODELING_AUTO):
+    for module in (CONFIGURATION_AUTO, MODELING_AUTO, MODELING_UTILS):
         # Taken out before it is done: several threads come here.
         if module not in sys.modules or (register := _pending.pop(module, None)) is None:
             continue
@@ -56,7 +65,9 @@ def _register_what_is_ready() -> None:
                 register()
         except Exception as error:
             _pending[module] = register
-            raise ImportError(f"{__package__} could not register its models with {module}: {error}") from error
+            raise ImportError(
+                f"{__package__} could not register its models or attention with {module}: {error}"
+            ) from error
     if not _pending and _finder in sys.meta_path:
         sys.meta_path.remove(_finder)
 
