@@ -36,14 +36,14 @@ SEED = 0
 # Found by search at this budget: small batches, for many steps; token shift and a few local heads, for spelling.
 BLOCK_SIZE = 256
 BATCH_SIZE = 4
-LEARNING_RATE = 6e-3
-MATRIX_LEARNING_RATE = 1e-2
+LEARNING_RATE = 5e-3
+MATRIX_LEARNING_RATE = 8e-3
 WEIGHT_DECAY = 0.01
 MODEL = {
-    "hidden_size": 128,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_local_attention_heads": 3,
+    "hidden_size": 192,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_local_attention_heads": 4,
     "local_window_size": 32,
     "feature_map": "relu",
     "num_random_features": 32,
