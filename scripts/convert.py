@@ -1,0 +1,222 @@
+"""Converts an outside checkpoint to a folder that AutoModel loads, or refuses and leaves nothing behind.
+
+    python scripts/convert.py --source performer_pytorch --input model.pt --arguments arguments.json --output_dir out
+    python scripts/convert.py --source transformers --input bert-base-uncased --output_dir out
+
+performer_pytorch takes a state dict saved with torch.save (or safetensors) and a JSON object with the arguments its
+PerformerLM, Performer or PerformerEncDec was constructed with. transformers takes a folder or a name on the Hub of a
+BERT, GPT-2 or Llama, which keeps its weights and gets linear attention; its tokenizer comes along.
+"""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+import tempfile
+from collections.abc import Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+import torch
+import transformers
+from output_folder import require_writable
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from training_model import check_override_names, parse_config_overrides
+from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
+
+from hf_efficient import PerformerConfig
+from hf_efficient.conversion.performer_pytorch import convert_performer_pytorch
+from hf_efficient.conversion.softmax_transformers import convert_softmax_transformer
+from hf_efficient.conversion.weight_transfer import ConversionReport
+
+
+# Under which people keep a state dict in a file that holds more than that.
+NESTED = ("state_dict", "model_state_dict", "model")
+
+
+@dataclass
+class ConversionArguments:
+    """What to convert, and where to."""
+
+    source: Literal["performer_pytorch", "transformers"] = field(metadata={"help": "Where the checkpoint comes from."})
+    input: str = field(metadata={"help": "performer_pytorch: a file; transformers: a folder or a name on the Hub."})
+    output_dir: str = field(metadata={"help": "Folder for the converted checkpoint, new or empty."})
+    arguments: str | None = field(
+        default=None, metadata={"help": "performer_pytorch: JSON object, or a file with one: constructor arguments."}
+    )
+    rotary: bool = field(
+        default=False, metadata={"help": "performer_pytorch: a bare Performer that is called with pos_emb."}
+    )
+    layer_types: str = field(
+        default="linear_attention",
+        metadata={"help": "transformers: linear_attention, full_attention, or one per layer, parted by commas."},
+    )
+    config_overrides: str | None = field(
+        default=None,
+        metadata={"help": "transformers: fields of the attention, 'num_random_features=256,feature_map=relu'."},
+    )
+    model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
+    token: str | None = field(default=None, metadata={"help": "Access token for private Hub repositories."})
+
+    def __post_init__(self):
+        own = {
+            "performer_pytorch": {"arguments": None, "rotary": False},
+            "transformers": {"layer_types": "linear_attention", "config_overrides": None},
+        }
+        for source, defaults in own.items():
+            for name, default in defaults.items():
+                if source != self.source and getattr(self, name) != default:
+                    raise ValueError(f"--{name} belongs to --source {source}, got --source {self.source}")
+        if self.source == "performer_pytorch" and self.arguments is None:
+            raise ValueError("--arguments must hold the constructor's arguments for --source performer_pytorch")
+
+
+def read_constructor_arguments(text: str) -> dict:
+    """A JSON object, given as such or as the name of a file that holds one."""
+    content = text
+    if not text.lstrip().startswith("{"):
+        try:
+            content = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--arguments must be a JSON object or a readable file, got {text!r}: {error}") from error
+    try:
+        arguments = json.loads(content)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"--arguments must be valid JSON, got {text!r}: {error}") from error
+    if not isinstance(arguments, dict):
+        raise ValueError(f"--arguments must be a JSON object, got {type(arguments).__name__}")
+    return arguments
+
+
+def read_state_dict(path: str) -> Mapping[str, torch.Tensor]:
+    """The tensors of a file; nothing in it is run.
+
+    Raises:
+        ValueError: no such file, a broken one, or one that holds more than tensors and plain containers.
+    """
+    try:
+        if path.endswith(".safetensors"):
+            return load_file(path)
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise ValueError(
+            f"--input must hold a state dict, which loads without running code, got {path!r}: save it with "
+            f"torch.save(model.state_dict(), ...). ({str(error).splitlines()[0]})"
+        ) from error
+    except (OSError, RuntimeError, EOFError, SafetensorError) as error:
+        raise ValueError(f"--input must be a whole file with a state dict, got {path!r}: {error}") from error
+    for name in NESTED:
+        if isinstance(state, Mapping) and isinstance(state.get(name), Mapping):
+            state = state[name]
+    if not isinstance(state, Mapping):
+        raise ValueError(f"--input must hold a state dict, got a {type(state).__name__} in {path!r}")
+    return state
+
+
+def load_original(options: ConversionArguments) -> PreTrainedModel:
+    """The model of transformers, with the head it was saved with.
+
+    Raises:
+        ValueError: no checkpoint, no class of transformers, broken weights, or weights that the class needs and that
+            are not there.
+    """
+    name, hub = options.input, {"revision": options.model_revision, "token": options.token}
+    if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
+        raise ValueError(f"--input must hold a checkpoint, got the folder {name!r} without a config.json")
+    config = AutoConfig.from_pretrained(name, **hub)
+    heads = config.architectures or []
+    model_class = getattr(transformers, heads[0], None) if len(heads) == 1 else None
+    if model_class is None:
+        raise ValueError(f"--input must name one class of transformers in its config, got architectures={heads}")
+    try:
+        model, loading = model_class.from_pretrained(name, config=config, **hub, output_loading_info=True)
+    except SafetensorError as error:
+        raise ValueError(f"--input must hold whole weights, got {name!r}: {error}") from error
+    lacking = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
+    if lacking:
+        raise ValueError(f"--input must hold every weight of {heads[0]}, got {name!r} without {', '.join(lacking)}")
+    return model
+
+
+def layer_types_option(text: str) -> str | list[str]:
+    kinds = [kind.strip() for kind in text.split(",")]
+    return kinds[0] if len(kinds) == 1 else kinds
+
+
+@contextmanager
+def finished_or_nothing(output_dir: str):
+    """A folder to write to, which becomes `output_dir` if all goes well and disappears otherwise.
+
+    Raises:
+        ValueError: `output_dir` is taken or cannot be written.
+    """
+    target = Path(output_dir).absolute()
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise ValueError(f"--output_dir must be a new or empty folder, got {output_dir!r}, which holds something")
+    made = [folder for folder in (target.parent, *target.parent.parents) if not folder.exists()]
+    require_writable(str(target.parent))
+    working = Path(tempfile.mkdtemp(prefix=f".{target.name}-", dir=target.parent))
+    try:
+        yield working
+        mask = os.umask(0)
+        os.umask(mask)
+        working.chmod(0o777 & ~mask)  # mkdtemp lets nobody else in
+        if target.exists():
+            target.rmdir()
+        working.rename(target)
+    except BaseException:
+        shutil.rmtree(working, ignore_errors=True)
+        for folder in made:
+            folder.rmdir()
+        raise
+
+
+def save_tokenizer(options: ConversionArguments, folder: Path) -> str:
+    """Copies the tokenizer where there is one; returns what happened, for the summary."""
+    local = Path(options.input)
+    known = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+    # From a folder without one, transformers would make an empty tokenizer.
+    if local.is_dir() and not any((local / name).is_file() for name in known):
+        return "no tokenizer beside the weights"
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(options.input, revision=options.model_revision, token=options.token)
+    except (OSError, ValueError) as error:
+        return f"no tokenizer could be loaded ({str(error).splitlines()[0]})"
+    tokenizer.save_pretrained(folder)
+    return f"tokenizer copied ({type(tokenizer).__name__})"
+
+
+def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
+    if options.source == "performer_pytorch":
+        arguments = read_constructor_arguments(options.arguments)
+        state = read_state_dict(options.input)
+        model, report = convert_performer_pytorch(state, arguments, rotary=options.rotary)
+    else:
+        overrides = parse_config_overrides(options.config_overrides)
+        check_override_names(PerformerConfig, overrides)
+        kinds = layer_types_option(options.layer_types)
+        model, report = convert_softmax_transformer(load_original(options), layer_types=kinds, **overrides)
+        report.notes.append(save_tokenizer(options, folder))
+    model.save_pretrained(folder)
+    return report
+
+
+def main(arguments: list[str] | None = None) -> ConversionReport:
+    """Runs one command line; returns what became of every weight."""
+    (options,) = HfArgumentParser(ConversionArguments).parse_args_into_dataclasses(arguments)
+    with finished_or_nothing(options.output_dir) as folder:
+        report = convert(options, folder)
+    print(report)
+    print(f"saved to {options.output_dir}")
+    return report
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except (ValueError, OSError) as error:
+        sys.exit(f"convert.py: {error}")
