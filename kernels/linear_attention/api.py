@@ -70,9 +70,9 @@ def linear_attention(
         t is not None and t.requires_grad
         for t in (query, key, value, *state[:2], feature_map.projection, feature_map.bias)
     )
-    if causal and query.shape[2] == 1 and mask is None and not differentiable:
+    if causal and query.shape[2] == 1 and not differentiable:
         with torch.autocast(query.device.type, enabled=False):
-            return LinearAttentionOutput(*step(query, key, value, feature_map, state))
+            return LinearAttentionOutput(*step(query, key, value, feature_map, mask, state))
     return LinearAttentionOutput(*linear_attention_eager(query, key, value, feature_map, mask, state, causal))
 
 

@@ -302,12 +302,16 @@ def bidirectional_backward(
     return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
 
 
-def step(query, key, value, feature_map, state):
+def step(query, key, value, feature_map, mask, state):
     """One causal token, all shapes `[B, H, 1, ·]`: output and new state. The decode path: few, small operations."""
     dtype = state.key_value.dtype
-    rows = key.to(dtype)
+    if mask is not None:
+        keep = mask.to(torch.bool)[:, None, :, None]
+        key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
     q = _features(query.to(dtype), feature_map, is_key=False).values
-    k, _, log_scale = _features(rows, feature_map, is_key=True)
+    k, _, log_scale = _features(key.to(dtype), feature_map, is_key=True)
+    if mask is not None:
+        k, log_scale = k * keep, torch.where(keep[..., 0], log_scale, EMPTY_LOG_SCALE)
     maximum = torch.maximum(log_scale[..., 0], state.log_scale)
     k = k * torch.exp(log_scale[..., 0] - maximum)[..., None, None]
     decay = torch.exp(state.log_scale - maximum)[..., None]
