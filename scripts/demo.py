@@ -169,7 +169,7 @@ def main(arguments: list[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = build_trainer(splits, tokenizer, clock, scratch)
         size, threads = trainer.model.num_parameters(), torch.get_num_threads()
-        print(f"Model: a causal Performer of {size:,} parameters, {threads} thread{"s" * (threads > 1)}.")
+        print(f"Model: a causal Performer of {size:,} parameters, {threads} thread{'s' * (threads > 1)}.")
         before = bits_per_byte(trainer)
         print(f"Held out, before training: {before:.3f} bits per byte.")
         trainer.train()
