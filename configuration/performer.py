@@ -264,6 +264,17 @@ class PerformerConfig(SelfContainedConfig):
             self.classifier_pooling = "last" if self.is_decoder else "mean"
         super().__post_init__(**kwargs)
 
+    def to_dict(self):
+        """The fields as they are saved, with the layer types that transformers knows.
+
+        `Trainer` reads a checkpoint's config as a plain `PreTrainedConfig` when it resumes, which accepts no others;
+        `__post_init__` maps them back.
+        """
+        values = super().to_dict()
+        full = [self.is_full_attention(index) for index in range(len(self.layer_types))]
+        values["layer_types"] = [FULL_LAYER_TYPE if is_full else "linear_attention" for is_full in full]
+        return values
+
     # Derived, so that no model file repeats the rule.
 
     def local_heads(self, layer_idx: int) -> int:
