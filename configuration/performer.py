@@ -91,8 +91,8 @@ class PerformerConfig(SelfContainedConfig):
             feed-forward's token shift read it: for converted checkpoints.
         causal_normalizer_epsilon (`float`, *optional*): what performer-pytorch adds to every component of a causal
             normaliser; 1e-6 with its stabiliser, otherwise 0, if not given: for converted checkpoints.
-        layer_types (`list[str]`, *optional*): for each block `"linear_attention"` (stored as `"performer_state"`) or
-            `"full_attention"` (softmax attention). All linear if not given.
+        layer_types (`list[str]`, *optional*): for each block `"linear_attention"` (in memory under the name of its
+            cache layer, `"performer_state"`) or `"full_attention"` (softmax attention). All linear if not given.
         num_local_attention_heads (`int` or `list[int]`, defaults to 0): how many heads of each linear block (the last
             ones) are softmax heads over a window instead; a list gives each block's number.
         local_window_size (`int`, defaults to 256): window of the local heads.
