@@ -28,6 +28,7 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
     SequenceClassifierOutput,
     TokenClassifierOutput,
 )
@@ -37,6 +38,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.performer import PerformerConfig
 from .checked_model import CheckedPreTrainedModel
+from .feature_calibration import calibrate_features
 from .feature_redraw import redraw_and_capture
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norms import ReZeroScale, ScaleNorm, make_norm
@@ -218,7 +220,6 @@ class PerformerModel(PerformerPreTrainedModel):
             hidden_states = hidden_states + self.embed_token_types(types)
         return self.embedding_dropout(self.embedding_norm(hidden_states))
 
-    @torch.no_grad()
     def calibrate_features(self, input_ids: torch.LongTensor, attention_mask: torch.Tensor | None = None) -> None:
         """Measure `E|q + k|²` in every layer on a batch, for `feature_map="optimal_positive"`.
 
@@ -230,17 +231,7 @@ class PerformerModel(PerformerPreTrainedModel):
         Raises:
             ValueError: another feature map, which has nothing to calibrate.
         """
-        if self.config.feature_map != "optimal_positive":
-            raise ValueError(
-                f"calibrate_features needs feature_map='optimal_positive', got {self.config.feature_map!r}"
-            )
-        attentions = [m for m in self.modules() if isinstance(m, PerformerAttention) and m.pair_norm is not None]
-        handles = [m.register_forward_pre_hook(m.measure_pair_norm, with_kwargs=True) for m in attentions]
-        try:
-            self(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        finally:
-            for handle in handles:
-                handle.remove()
+        calibrate_features(self, input_ids, attention_mask)
 
 
 class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
@@ -468,24 +459,18 @@ class PerformerForQuestionAnswering(PerformerPreTrainedModel):
         )
 
 
-class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixin):
-    """An encoder and a decoder that reads it through linear cross-attention, with a language modelling head."""
-
-    _tp_plan = {"lm_head": "colwise_gather_output"}
+class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
+    """An encoder and a decoder that reads it through linear cross-attention, without a head."""
 
     def __init__(self, config: PerformerConfig):
         super().__init__(config)
         if not config.is_encoder_decoder:
-            raise ValueError("PerformerForConditionalGeneration needs config.is_encoder_decoder=True, got False")
-        self._tied_weights_keys = {"lm_head.weight": "decoder.embed_tokens.weight"}
+            raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
         if config.share_embeddings:
-            self._tied_weights_keys["encoder.embed_tokens.weight"] = "decoder.embed_tokens.weight"
+            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
         self.encoder = PerformerModel(config.encoder_config())
         self.decoder = PerformerModel(config.decoder_config())
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
-        if config.feature_stabilizer == "sequence":
-            self.generation_config.use_cache = False
 
     def get_input_embeddings(self):
         return self.encoder.embed_tokens
@@ -506,16 +491,13 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
-        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `PerformerModel.forward`, and:
+    ) -> Seq2SeqModelOutput:
+        """The decoder's hidden states `[B, N, hidden_size]`; arguments as in `PerformerModel.forward`, and:
 
         Args:
-            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
             encoder_outputs: what the encoder returned before, instead of its inputs.
-            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
         """
         if encoder_outputs is None:
             encoder_outputs = self.encoder(
@@ -523,8 +505,6 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
             )
         elif isinstance(encoder_outputs, tuple):
             encoder_outputs = BaseModelOutput(*encoder_outputs)
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
         outputs = self.decoder(
             input_ids=decoder_input_ids,
             attention_mask=decoder_attention_mask,
@@ -535,14 +515,8 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
             use_cache=use_cache,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
-            loss = ForMaskedLMLoss(logits, labels, self.config.vocab_size, **kwargs)
-        return Seq2SeqLMOutput(
-            loss=loss,
-            logits=logits,
+        return Seq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
@@ -551,6 +525,64 @@ class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixi
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
         )
+
+
+class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixin):
+    """An encoder–decoder with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: PerformerConfig):
+        super().__init__(config)
+        self.model = PerformerEncoderDecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+        if config.feature_stabilizer == "sequence":
+            self.generation_config.use_cache = False
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `PerformerEncoderDecoderModel.forward`, and:
+
+        Args:
+            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
+            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
+            loss = ForMaskedLMLoss(logits, labels, self.config.vocab_size, **kwargs)
+        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
 
     def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
         """The decoder's inputs for `labels` `[B, N]`: moved right by one behind the start token, -100 as padding."""

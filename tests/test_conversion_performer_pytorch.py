@@ -206,9 +206,9 @@ def test_encoder_decoder(option):
         compare(theirs, outputs.logits, None)
     if "enc_tie_embed" not in arguments:
         assert report.dropped["enc.to_out.weight"]
-    tied = model.lm_head.weight is model.decoder.embed_tokens.weight
+    tied = model.lm_head.weight is model.model.decoder.embed_tokens.weight
     assert tied == arguments.get("dec_tie_embed", False)
-    assert (model.encoder.embed_tokens.weight is model.decoder.embed_tokens.weight) == (option == "tied")
+    assert (model.model.encoder.embed_tokens.weight is model.model.decoder.embed_tokens.weight) == (option == "tied")
 
 
 def greedy(original: nn.Module, start: torch.Tensor, steps: int, **kwargs) -> torch.Tensor:

@@ -258,7 +258,7 @@ def test_pooling_ignores_padding(pooling, side):
 def test_sharing_and_tying_of_embeddings():
     options = {"is_encoder_decoder": True, "decoder_start_token_id": 1, "tie_word_embeddings": True}
     model = make(PerformerForConditionalGeneration, **options)
-    assert model.lm_head.weight is model.decoder.embed_tokens.weight is model.encoder.embed_tokens.weight
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight is model.model.encoder.embed_tokens.weight
     model = make(PerformerForConditionalGeneration, **options, share_embeddings=False)
-    assert model.lm_head.weight is model.decoder.embed_tokens.weight
-    assert model.encoder.embed_tokens.weight is not model.decoder.embed_tokens.weight
+    assert model.lm_head.weight is model.model.decoder.embed_tokens.weight
+    assert model.model.encoder.embed_tokens.weight is not model.model.decoder.embed_tokens.weight

@@ -97,8 +97,8 @@ def _convert_encoder_decoder(state, arguments):
     config = encoder_decoder_config(encoder, decoder, rest)
     model = PerformerForConditionalGeneration(config)
     transfer = WeightTransfer(state, ENCODER_DECODER, type(model).__name__)
-    _LanguageModel(transfer, "enc.", "encoder.", config.encoder_config()).transfer(head=None)
-    _LanguageModel(transfer, "dec.net.", "decoder.", config.decoder_config()).transfer(head="lm_head")
+    _LanguageModel(transfer, "enc.", "model.encoder.", config.encoder_config()).transfer(head=None)
+    _LanguageModel(transfer, "dec.net.", "model.decoder.", config.decoder_config()).transfer(head="lm_head")
     unused = ("enc.to_out.weight", "enc.to_out.bias")
     transfer.drop_matching(lambda name: name in unused, "the encoder's own head, which the original never calls")
     if rest["tie_token_embeds"] and not decoder["tie_embed"]:

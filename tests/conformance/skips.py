@@ -172,13 +172,6 @@ SKIPS = (
         reason="an encoder–decoder has encoder_ and decoder_hidden_states; the test looks for hidden_states",
         classes="PerformerEncoderDecoderTest",
     ),
-    Skip(
-        tests="test_(model_base_model_prefix|base_model_prefix_loads_base_weights)",
-        raised="False is not true|'model' != 'encoder'",
-        reason="wants the encoder and the decoder inside one base model; here both are base models, side by side",
-        classes="PerformerEncoderDecoderTest",
-        fails=True,
-    ),
 )
 
 
