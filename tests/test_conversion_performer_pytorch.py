@@ -121,6 +121,19 @@ def test_language_model(option, causal, side):
     assert set(report.moved) | set(report.fresh) <= set(model.state_dict())
 
 
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("option", ["defaults", "relu", "no projection", "softplus"])
+@torch.no_grad()
+def test_nothing_is_left_out_in_double_precision(option, causal):
+    """Also what float32 hides, as the epsilon in a causal normaliser. (Rotary tables are float32 here and there.)"""
+    arguments = {**BASE, **OPTIONS[option], "causal": causal, "rotary_position_emb": False}
+    original = build("PerformerLM", **arguments).double()
+    model, _ = convert_performer_pytorch(original)
+    ids, mask = torch.randint(31, (2, LENGTH)), padding("left")
+    error = (original(ids, mask=mask) - model(ids, attention_mask=mask).logits)[mask].abs().max()
+    assert error <= 1e-11
+
+
 @pytest.mark.parametrize("option", ["defaults", "local heads", "tied embeddings", "everything", "relu"])
 @torch.no_grad()
 def test_state_dict_with_arguments_is_the_module(option, tmp_path):

@@ -277,6 +277,17 @@ def test_bidirectional_use_of_a_decoder_follows_the_mask():
     assert (ours - expected).norm() < 0.02 * expected.norm()
 
 
+@torch.no_grad()
+def test_compiles_as_one_graph_with_a_mask():
+    model, ids = build("Llama"), tokens()
+    mask = torch.ones_like(ids)
+    mask[1, :3] = 0
+    arguments = {"attention_mask": mask, "use_cache": False}
+    expected = model(ids, **arguments).logits
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(ids, **arguments).logits[mask.bool()], expected[mask.bool()])
+
+
 REFUSED = {
     "a sliding window": (
         MistralConfig(**SIZES, **TOKENS, num_key_value_heads=2, sliding_window=4),
@@ -297,7 +308,7 @@ REFUSED = {
     "a position bias": (
         T5Config(vocab_size=VOCABULARY, d_model=32, d_kv=8, d_ff=32, num_layers=1, num_heads=4, dropout_rate=0.0),
         {"decoder_input_ids": torch.ones(1, 3, dtype=torch.long)},
-        "",
+        "cannot honour position_bias",
     ),
 }
 
