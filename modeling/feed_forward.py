@@ -20,7 +20,7 @@ class FeedForward(nn.Module):
         self.up_proj = nn.Linear(size, inner, bias=bias)
         self.down_proj = nn.Linear(inner, size, bias=bias)
         self.act_fn = ACT2FN[config.hidden_act]
-        self.dropout = nn.Dropout(config.feed_forward_dropout)
+        self.dropout = config.feed_forward_dropout
         self.chunk_size = config.chunk_size_feed_forward
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
@@ -32,4 +32,6 @@ class FeedForward(nn.Module):
     def _rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
         up = self.up_proj(hidden_states)
         inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
-        return self.down_proj(self.dropout(inner))
+        if self.training and self.dropout:
+            inner = nn.functional.dropout(inner, self.dropout)
+        return self.down_proj(inner)

@@ -49,7 +49,7 @@ class _PerformerAttentionBase(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, key_value, bias=config.attention_bias)
         self.v_proj = nn.Linear(config.hidden_size, key_value, bias=config.attention_bias)
         self.o_proj = nn.Linear(inner, config.hidden_size, bias=config.attention_out_bias)
-        self.output_dropout = nn.Dropout(config.attention_output_dropout)
+        self.output_dropout = config.attention_output_dropout
 
     def split_heads(self, states: torch.Tensor) -> torch.Tensor:
         """`[B, N, H * D]` to `[B, H, N, D]`; tensor parallelism may have left fewer heads than the config says."""
@@ -57,7 +57,11 @@ class _PerformerAttentionBase(nn.Module):
 
     def project_out(self, attended: torch.Tensor) -> torch.Tensor:
         """`[B, H, N, D]` to `[B, N, C]`."""
-        return self.output_dropout(self.o_proj(attended.transpose(1, 2).flatten(2)))
+        return self.drop(self.o_proj(attended.transpose(1, 2).flatten(2)))
+
+    def drop(self, output: torch.Tensor) -> torch.Tensor:
+        """The dropout behind the output projection, in training."""
+        return nn.functional.dropout(output, self.output_dropout) if self.training and self.output_dropout else output
 
 
 class PerformerAttention(_PerformerAttentionBase):
@@ -65,6 +69,13 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def __init__(self, config, layer_idx: int, is_cross_attention: bool = False):
         super().__init__(config, layer_idx, is_cross_attention)
+        # Read once: every attribute of a configuration costs microseconds, and a decoding step asks many.
+        self.feature_map, self.feature_epsilon = config.feature_map, float(config.feature_epsilon)
+        self.has_legacy_features = config.feature_stabilizer == "sequence"
+        self.masked_keys_in_normalizer = config.masked_keys_in_normalizer
+        self.causal_normalizer_epsilon = config.causal_normalizer_epsilon
+        self.kernel_backend = config.kernel_backend
+        self.num_heads = config.num_attention_heads
         self.projection_index = 2 * layer_idx + int(is_cross_attention)
         self.num_local_heads = 0 if is_cross_attention else config.local_heads(layer_idx)
         self.has_global_heads = self.num_local_heads < config.num_attention_heads
@@ -96,8 +107,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def make_feature_map(self, projection: torch.Tensor | None) -> FeatureMap:
         """The feature map of this layer for the drawn `projection` `[M, D]` (None for maps without one)."""
-        config, scale = self.config, self.head_dim**-0.25
-        kind, epsilon = config.feature_map, float(config.feature_epsilon)
+        kind, epsilon, scale = self.feature_map, self.feature_epsilon, self.head_dim**-0.25
         if kind == "softmax":
             return FeatureMap("exponential", projection, None, scale, epsilon)
         if kind == "hyperbolic":
@@ -139,25 +149,35 @@ class PerformerAttention(_PerformerAttentionBase):
                 hidden_states, encoder_hidden_states, padding_mask, past_key_values, projection
             )
             return self.project_out(attended), None
-        query, key, value = (self.split_heads(proj(hidden_states)) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
+        query = self.split_heads(self.q_proj(hidden_states))
+        key = repeat_kv(self.split_heads(self.k_proj(hidden_states)), self.num_key_value_groups)
+        value = repeat_kv(self.split_heads(self.v_proj(hidden_states)), self.num_key_value_groups)
         layer = self._cache_layer(past_key_values)
-        split = query.shape[1] - self.num_local_heads
-        if self.num_local_heads and query.shape[1] != self.config.num_attention_heads:
-            raise ValueError(
-                f"a layer with local heads needs all {self.config.num_attention_heads} heads in one place, got "
-                f"{query.shape[1]}: tensor parallelism cannot split two kinds of heads"
+        if not self.num_local_heads:
+            attended = self._global_heads(query, key, value, padding_mask, rotary, layer, projection)
+        else:
+            attended = self._both_kinds(
+                query, key, value, padding_mask, window_mask, position_ids, rotary, layer, projection
             )
-        attended = []
-        if split:
-            parts = [states[:, :split] for states in (query, key, value)]
-            attended.append(self._global_heads(*parts, padding_mask, rotary, layer, projection))
-        if self.num_local_heads:
-            parts = [states[:, split:] for states in (query, key, value)]
-            attended.append(self._local_heads(*parts, window_mask, position_ids, layer))
         if layer is not None:
             layer.count(hidden_states)
-        return self.project_out(attended[0] if len(attended) == 1 else torch.cat(attended, dim=1)), None
+        return self.project_out(attended), None
+
+    def _both_kinds(self, query, key, value, padding_mask, window_mask, position_ids, rotary, layer, projection):
+        """Linear attention in the first heads, local attention in the last ones."""
+        if query.shape[1] != self.num_heads:
+            raise ValueError(
+                f"a layer with local heads needs all {self.num_heads} heads in one place, got {query.shape[1]}: "
+                "tensor parallelism cannot split two kinds of heads"
+            )
+        split = self.num_heads - self.num_local_heads
+        parts = [states[:, split:] for states in (query, key, value)]
+        local = self._local_heads(*parts, window_mask, position_ids, layer)
+        if not split:
+            return local
+        parts = [states[:, :split] for states in (query, key, value)]
+        linear = self._global_heads(*parts, padding_mask, rotary, layer, projection)
+        return torch.cat([linear, local], dim=1)
 
     def measure_pair_norm(self, module, args, kwargs) -> None:
         """A forward pre-hook that sets `pair_norm` to the mean of `|q + k|²` over pairs of real tokens and heads."""
@@ -195,14 +215,14 @@ class PerformerAttention(_PerformerAttentionBase):
         if rotary is not None:
             query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
         feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
-        backend = self.config.kernel_backend
+        backend = self.kernel_backend
         state = None if layer is None else layer.state
-        if self.config.feature_stabilizer == "sequence":
+        if self.has_legacy_features:
             query, key, feature_map = self._legacy_inputs(query, key, feature_map)
         first_state = self._first_state(query, value, feature_map)
         state = first_state if state is None else state
         value, sums_mask = self._mask_keys(value, mask)
-        if self.config.feature_map == "no_projection" and not self.is_causal:
+        if self.feature_map == "no_projection" and not self.is_causal:
             key = _softmax_over_sequence(key, sums_mask)
         output, new_state = linear_attention(
             query, key, value, feature_map, causal=self.is_causal, mask=sums_mask, state=state, backend=backend
@@ -221,7 +241,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def _mask_keys(self, value, mask):
         """The values, and the mask of the keys: the original's padding removes values only."""
-        if mask is None or not self.config.masked_keys_in_normalizer:
+        if mask is None or not self.masked_keys_in_normalizer:
             return value, mask
         return value * mask[:, None, :, None].to(value.dtype), None
 
@@ -234,7 +254,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def _first_state(self, query, value, feature_map) -> LinearAttentionState | None:
         """The original's epsilon as what a causal normaliser has "seen" before the first key; None without one."""
-        epsilon = self.config.causal_normalizer_epsilon
+        epsilon = self.causal_normalizer_epsilon
         if not self.is_causal or not epsilon:
             return None
         dtype = torch.promote_types(query.dtype, torch.float32)
@@ -274,15 +294,15 @@ class PerformerAttention(_PerformerAttentionBase):
     def _cross_attend(self, hidden_states, encoder_hidden_states, mask, past_key_values, projection):
         query = self.split_heads(self.q_proj(hidden_states))
         feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
-        layer, backend = self._cache_layer(past_key_values), self.config.kernel_backend
+        layer, backend = self._cache_layer(past_key_values), self.kernel_backend
         if layer is not None and past_key_values.is_updated.get(self.layer_idx):
             return linear_attention(query, None, None, feature_map, state=layer.state, backend=backend).output
         key, value = (self.split_heads(proj(encoder_hidden_states)) for proj in (self.k_proj, self.v_proj))
         key, value = (repeat_kv(states, self.num_key_value_groups) for states in (key, value))
-        if self.config.feature_stabilizer == "sequence":
+        if self.has_legacy_features:
             query, key, feature_map = self._legacy_inputs(query, key, feature_map)
         value, mask = self._mask_keys(value, mask)
-        if self.config.feature_map == "no_projection":
+        if self.feature_map == "no_projection":
             key = _softmax_over_sequence(key, mask)
         output, state = linear_attention(query, key, value, feature_map, mask=mask, backend=backend)
         if layer is not None:
@@ -341,4 +361,4 @@ class PerformerSoftmaxAttention(_PerformerAttentionBase):
             is_causal=self.is_causal,
             **kwargs,
         )
-        return self.output_dropout(self.o_proj(attended.flatten(2))), weights
+        return self.drop(self.o_proj(attended.flatten(2))), weights

@@ -1,5 +1,6 @@
 """The public linear attention operation: signature, validation, choice of the backend."""
 
+from contextlib import nullcontext
 from typing import NamedTuple
 
 import torch
@@ -71,7 +72,8 @@ def linear_attention(
         for t in (query, key, value, *state[:2], feature_map.projection, feature_map.bias)
     )
     if causal and query.shape[2] == 1 and not differentiable:
-        with torch.autocast(query.device.type, enabled=False):
+        autocast = torch.is_autocast_enabled(query.device.type)
+        with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
             return LinearAttentionOutput(*step(query, key, value, feature_map, mask, state))
     return LinearAttentionOutput(*linear_attention_eager(query, key, value, feature_map, mask, state, causal))
 

@@ -308,18 +308,36 @@ def step(query, key, value, feature_map, mask, state):
     if mask is not None:
         keep = mask.to(torch.bool)[:, None, :, None]
         key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
-    q = _features(query.to(dtype), feature_map, is_key=False).values
-    k, _, log_scale = _features(key.to(dtype), feature_map, is_key=True)
+    q, k, log_scale = _token_features(query.to(dtype), key.to(dtype), feature_map)
     if mask is not None:
-        k, log_scale = k * keep, torch.where(keep[..., 0], log_scale, EMPTY_LOG_SCALE)
-    maximum = torch.maximum(log_scale[..., 0], state.log_scale)
-    k = k * torch.exp(log_scale[..., 0] - maximum)[..., None, None]
-    decay = torch.exp(state.log_scale - maximum)[..., None]
-    key_value = torch.addcmul(state.key_value * decay[..., None], k.mT, value.to(dtype))
-    key_sum = torch.addcmul(k[..., 0, :], state.key_sum, decay)
-    denominator = (q * key_sum[..., None, :]).sum(dim=-1, keepdim=True)
+        k, log_scale = k * keep, torch.where(keep[..., 0, 0], log_scale, EMPTY_LOG_SCALE)
+    maximum = torch.maximum(log_scale, state.log_scale)
+    k = k * torch.exp(log_scale - maximum)[..., None, None]
+    key_value, key_sum = state.key_value, state.key_sum
+    # The maximum rarely moves after the first tokens. Looking is free on a CPU, and saves a pass over the state.
+    if torch.compiler.is_compiling() or maximum.device.type != "cpu" or not torch.equal(maximum, state.log_scale):
+        decay = torch.exp(state.log_scale - maximum)[..., None]
+        key_value, key_sum = key_value * decay[..., None], key_sum * decay
+    key_value = torch.addcmul(key_value, k.mT, value.to(dtype))
+    key_sum = key_sum + k[..., 0, :]
+    denominator = q @ key_sum[..., None]
     output = (q @ key_value) / denominator.masked_fill(denominator == 0, 1)
     return output.to(value.dtype), LinearAttentionState(key_value, key_sum, maximum)
+
+
+def _token_features(query, key, feature_map):
+    """Features of one query and one key, `[B, H, 1, M]` each, and the key's scale `[B, H]`: one product for both."""
+    both = torch.stack([query, key])
+    if feature_map.function != EXPONENTIAL:
+        (q, k), _, _ = _features(both, feature_map, is_key=False)
+        return q, k, k.new_zeros(k.shape[:2])
+    logits = project(both, feature_map)
+    features = torch.log_softmax(logits, dim=-1)
+    log_scale = (logits[1, ..., 0, 0] - features[1, ..., 0, 0]).clone()
+    if feature_map.subtract_norm:
+        log_scale.sub_(key.square().sum(dim=(-2, -1)), alpha=0.5 * feature_map.scale**2)
+    q, k = features.exp_().add_(feature_map.epsilon)
+    return q, k, log_scale
 
 
 class _ParameterGrads:

@@ -92,8 +92,10 @@ def project(inputs: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
     """The logits `l` of `inputs` `[..., D]`: `[..., M]`."""
     if feature_map.projection is None:
         logits = inputs * feature_map.scale
+    elif inputs.numel() < feature_map.projection.numel():
+        logits = F.linear(inputs * feature_map.scale, feature_map.projection)
     else:
-        # The scale goes into the small matrix, which saves a pass over the inputs.
+        # The scale goes into whichever is smaller, which saves a pass over the other.
         logits = F.linear(inputs, feature_map.projection * feature_map.scale)
     return logits if feature_map.bias is None else logits + feature_map.bias
 
