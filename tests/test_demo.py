@@ -29,7 +29,9 @@ def corpus(tmp_path):
 
 
 def shrink(monkeypatch):
-    monkeypatch.setattr(demo, "MODEL", {**demo.MODEL, "hidden_size": 32, "num_hidden_layers": 1})
+    monkeypatch.setattr(
+        demo, "MODEL", {**demo.MODEL, "hidden_size": 24, "num_attention_heads": 6, "num_hidden_layers": 1}
+    )
     monkeypatch.setattr(demo, "BLOCK_SIZE", 64)
 
 

@@ -57,7 +57,7 @@ class PerformerLocalTest(GenerativeTests, unittest.TestCase):
 class HybridTester(DecoderTester):
     config_arguments = {
         "is_decoder": True,
-        "layer_types": ["full_attention", "performer_state"],
+        "layer_types": ["full_attention", "linear_attention"],
         "feature_map": "relu",
     }
 
