@@ -213,7 +213,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def _global_heads(self, query, key, value, mask, rotary, layer, projection):
         if rotary is not None:
-            query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
+            query, key = apply_rotary(torch.cat([query, key], dim=1), rotary).chunk(2, dim=1)
         feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
         backend = self.kernel_backend
         state = None if layer is None else layer.state

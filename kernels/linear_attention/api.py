@@ -53,8 +53,13 @@ def linear_attention(
         ValueError: a shape, dtype, device or name that does not fit, naming the argument.
         RuntimeError: an explicit `backend` that cannot serve this call.
     """
-    _validate(query, key, value, feature_map, causal, mask, state)
-    resolve_backend(backend, query, unsupported_reason="linear_attention has no Triton kernels yet")
+    decoding = causal and state is not None and query.shape[-2] == 1 and not torch.compiler.is_compiling()
+    signature = _signature(query, key, value, feature_map, mask, state, backend) if decoding else None
+    if signature is None or signature not in _CHECKED_STEPS:
+        _validate(query, key, value, feature_map, causal, mask, state)
+        resolve_backend(backend, query, unsupported_reason="linear_attention has no Triton kernels yet")
+        if decoding:
+            _CHECKED_STEPS.add(signature)
     dtype = torch.promote_types(query.dtype, torch.float32)
     feature_map = feature_map.to(dtype)
     if key is None:
@@ -78,13 +83,24 @@ def linear_attention(
     return LinearAttentionOutput(*linear_attention_eager(query, key, value, feature_map, mask, state, causal))
 
 
+# Checking costs as much as a step of decoding takes, and the next step looks like this one: what was found right is
+# remembered. One token at a time has few shapes, so the set stays small.
+_CHECKED_STEPS: set[tuple] = set()
+
+
+def _signature(query, key, value, feature_map, mask, state, backend) -> tuple:
+    """Everything that `_validate` and `resolve_backend` look at."""
+    tensors = (query, key, value, mask, *state, feature_map.projection, feature_map.bias)
+    properties = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
+    return (backend, feature_map.function, feature_map.epsilon, *properties)
+
+
 def _validate(query, key, value, feature_map, causal, mask, state):
     if (key is None) != (value is None):
         raise ValueError("key and value must be given together, or neither of them")
     if key is None and (state is None or causal):
         raise ValueError("without key and value, a state must be given and causal must be False")
-    named = [("query", query), ("key", key), ("value", value)]
-    for name, tensor in named:
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor is None:
             continue
         if tensor.ndim != 4:

@@ -49,6 +49,8 @@ class FeatureMap(NamedTuple):
 
     def to(self, dtype: torch.dtype) -> "FeatureMap":
         """The same map with its tensors in `dtype`."""
+        if all(t is None or t.dtype == dtype for t in (self.projection, self.bias)):
+            return self
         cast = [None if t is None else t.to(dtype) for t in (self.projection, self.bias)]
         return self._replace(projection=cast[0], bias=cast[1])
 
@@ -92,6 +94,8 @@ def project(inputs: torch.Tensor, feature_map: FeatureMap) -> torch.Tensor:
     """The logits `l` of `inputs` `[..., D]`: `[..., M]`."""
     if feature_map.projection is None:
         logits = inputs * feature_map.scale
+    elif feature_map.scale == 1:
+        logits = F.linear(inputs, feature_map.projection)
     elif inputs.numel() < feature_map.projection.numel():
         logits = F.linear(inputs * feature_map.scale, feature_map.projection)
     else:
