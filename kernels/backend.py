@@ -71,7 +71,7 @@ def _triton_problem(device_type: str, allow_interpreter: bool) -> str | None:
 def _driver_problem() -> str | None:
     try:
         triton.runtime.driver.active.get_current_target()
-    except Exception as error:  # noqa: BLE001 - each Triton driver fails in its own way; the reason is passed on
+    except Exception as error:  # each Triton driver fails in its own way; the reason is passed on
         return f"Triton has no live GPU driver ({type(error).__name__}: {error})"
     return None
 
