@@ -2,6 +2,7 @@
 
 import logging
 import os
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -74,6 +75,37 @@ def _driver_problem() -> str | None:
     except Exception as error:  # each Triton driver fails in its own way; the reason is passed on
         return f"Triton has no live GPU driver ({type(error).__name__}: {error})"
     return None
+
+
+def gpu_architecture() -> str:
+    """The architecture whose launch tables this machine uses: `"sm_80"`, `"sm_90"`, `"gfx942"` or `"interpreter"`.
+
+    An architecture without tables of its own takes its nearest. `"sm_90"` means large shared memory and asynchronous
+    tensor cores (data-centre chips from Hopper on); every other NVIDIA chip gets the tables of `"sm_80"`, whose
+    configurations also fit the smaller shared memory of consumer cards.
+    """
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return "interpreter"
+    target = triton.runtime.driver.active.get_current_target()
+    if target.backend == "hip":
+        return "gfx942"
+    return "sm_90" if target.backend == "cuda" and target.arch in (90, 100, 103) else "sm_80"
+
+
+def device_guard(tensor: Tensor) -> AbstractContextManager:
+    """Makes the tensor's GPU the current one: Triton launches there, wherever the tensors are."""
+    if tensor.device.type not in GPU_TYPES:
+        return nullcontext()
+    return torch.get_device_module(tensor.device).device(tensor.device)
+
+
+def multiprocessor_count(tensor: Tensor) -> int:
+    """How many programs the tensor's GPU runs at a time; 2 under the interpreter, so that work is split there too."""
+    if tensor.device.type == "cpu":
+        return 2
+    if tensor.device.type not in GPU_TYPES:  # meta tensors: a compilation ahead of time, for no machine in particular
+        return 132
+    return torch.get_device_module(tensor.device).get_device_properties(tensor.device).multi_processor_count
 
 
 def _explain_once(problem: str, surprising: bool) -> None:

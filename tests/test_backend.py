@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from hf_efficient.kernels import backend
-from hf_efficient.kernels.backend import resolve_backend
+from hf_efficient.kernels.backend import device_guard, gpu_architecture, multiprocessor_count, resolve_backend
 
 
 @pytest.fixture(autouse=True)
@@ -103,3 +103,49 @@ def test_the_choice_does_not_break_a_compiled_graph():
 
     compiled = torch.compile(double, fullgraph=True, backend="eager")
     assert compiled(torch.ones(2)).tolist() == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("kind", "arch", "architecture"),
+    [
+        ("cuda", 80, "sm_80"),
+        ("cuda", 86, "sm_80"),
+        ("cuda", 90, "sm_90"),
+        ("cuda", 100, "sm_90"),
+        ("cuda", 120, "sm_80"),  # a consumer card: newer, with the small shared memory of the older ones
+        ("hip", "gfx942", "gfx942"),
+        ("hip", "gfx90a", "gfx942"),
+    ],
+)
+def test_every_gpu_has_launch_tables(monkeypatch, kind, arch, architecture):
+    monkeypatch.setattr(backend, "triton", live_triton(lambda: SimpleNamespace(backend=kind, arch=arch)))
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert gpu_architecture() == architecture
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert gpu_architecture() == "interpreter"
+
+
+def test_a_launch_happens_on_the_gpu_of_its_tensors(monkeypatch):
+    entered = []
+
+    class Guard:
+        def __init__(self, device):
+            self.device = device
+
+        def __enter__(self):
+            entered.append(self.device)
+
+        def __exit__(self, *_):
+            entered.append(None)
+
+    properties = SimpleNamespace(multi_processor_count=17)
+    module = SimpleNamespace(device=Guard, get_device_properties=lambda device: properties)
+    monkeypatch.setattr(torch, "get_device_module", lambda device: module)
+    tensor = SimpleNamespace(device=torch.device("cuda", 1))
+    with device_guard(tensor):
+        assert entered == [torch.device("cuda", 1)]
+    assert entered == [torch.device("cuda", 1), None]
+    assert multiprocessor_count(tensor) == 17
+    with device_guard(torch.ones(1)):
+        assert len(entered) == 2
+    assert multiprocessor_count(torch.ones(1)) == 2

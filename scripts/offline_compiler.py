@@ -1,0 +1,118 @@
+"""Compiles Triton kernels for GPUs that this machine does not have, through the launchers that users run.
+
+`compiling_for(target)` puts a driver in place that knows the target and nothing else. A launch then compiles the
+kernel with exactly the specialisation that it would use, and ends there; `resources` reads what the compiler reports.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+
+TARGETS = {
+    "sm_80": GPUTarget("cuda", 80, 32),
+    "sm_90": GPUTarget("cuda", 90, 32),
+    "gfx942": GPUTarget("hip", "gfx942", 64),
+}
+# Bytes that one program may use. The tables of sm_80 also serve consumer cards (sm_86, sm_89, sm_120): theirs holds.
+SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
+
+
+class Resources(NamedTuple):
+    """What one compiled kernel needs: registers and spilled bytes per thread, shared bytes per program.
+
+    `matrix_instruction` is the widest kind found in the code: wgmma, mma, mfma, or empty.
+    """
+
+    kernel: str
+    registers: int
+    spilled_bytes: int
+    shared_bytes: int
+    num_warps: int
+    matrix_instruction: str
+
+
+class _Offline:
+    """As much of a Triton driver as a compilation asks for."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def get_current_target(self) -> GPUTarget:
+        return TARGETS[self.name]
+
+    def get_current_device(self) -> str:
+        return self.name  # kernels are cached per device: a device per target keeps them apart
+
+    def get_current_stream(self, device: str) -> int:
+        return 0
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("meta")
+
+
+@contextmanager
+def compiling_for(name: str) -> Iterator[list]:
+    """Launches compile for the target called `name` instead of running; the list receives the compiled kernels."""
+    compiled, run = [], JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **options):
+        kernel = run(self, *args, grid=grid, warmup=True, **options)
+        compiled.append(kernel)
+        return kernel
+
+    JITFunction.run = compile_only
+    driver.set_active(_Offline(name))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = None  # `reset_active` would look for a GPU
+
+
+def resources(kernel) -> Resources:
+    """Reads registers, spills, shared memory and matrix instructions from a compiled kernel."""
+    read = _from_cubin if "cubin" in kernel.asm else _from_amdgcn
+    registers, spilled, static_shared, instruction = read(kernel.asm)
+    metadata = kernel.metadata
+    return Resources(
+        metadata.name, registers, spilled, max(metadata.shared, static_shared), metadata.num_warps, instruction
+    )
+
+
+def _from_cubin(asm) -> tuple[int, int, int, str]:
+    with tempfile.TemporaryDirectory() as folder:
+        binary = Path(folder, "kernel.cubin")
+        binary.write_bytes(asm["cubin"])
+        tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+        text = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+    usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
+    ptx = asm["ptx"]
+    instruction = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
+    # ptxas counts what it spills as stack; our kernels have no other use for one.
+    return usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], instruction
+
+
+def _from_amdgcn(asm) -> tuple[int, int, int, str]:
+    text = asm["amdgcn"]
+
+    def number(name: str) -> int:
+        return max(int(found) for found in re.findall(rf"\.{name}:\s+(\d+)", text))
+
+    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    return (
+        number("vgpr_count"),
+        spilled,
+        number("group_segment_fixed_size"),
+        "mfma" if "v_mfma" in text else "",
+    )
