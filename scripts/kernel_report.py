@@ -104,7 +104,7 @@ def main() -> int:
         return run_with(arguments.triton)
     # Read by Triton when a kernel is decorated: interpreted kernels cannot be compiled.
     os.environ.pop("TRITON_INTERPRET", None)
-    import triton
+    import triton  # not at the top: the other Triton has its own process
 
     print(f"triton {triton.__version__}", flush=True)
     found = []

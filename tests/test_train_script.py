@@ -14,7 +14,7 @@ import time
 
 import pytest
 import torch
-from helpers import ROOT
+from helpers import ROOT, run_python
 from load_script import load_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -310,13 +310,11 @@ def test_killed_and_resumed_equals_uninterrupted(kind, corpus, tmp_path):
 def test_two_processes_equal_one_with_the_doubled_batch(corpus, tmp_path):
     train.main(command("performer", corpus, tmp_path / "one", "--do_eval", steps=14))
     words = command("performer", corpus, tmp_path / "two", "--do_eval", "--per_device_train_batch_size", 2, steps=14)
-    subprocess.run(
-        [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--standalone"]
-        + [str(ROOT / "scripts" / "train.py"), *words, "--ddp_backend", "gloo"],
-        check=True,
-        capture_output=True,
-        timeout=240,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    run_python(
+        *("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"),
+        *(ROOT / "scripts" / "train.py", *words, "--ddp_backend", "gloo"),
+        environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=600,
     )
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     for name, tensor in one.items():

@@ -1,0 +1,97 @@
+"""Every kernel compiles for GPUs that are not here, and fits them: scripts/kernel_report.py."""
+
+import csv
+import re
+
+import pytest
+from helpers import ROOT, run_python
+
+
+OPERATIONS = sorted(path.stem.removeprefix("kernel_cases_") for path in (ROOT / "scripts").glob("kernel_cases_*.py"))
+OLDEST_TRITON = re.search(r'triton = \["triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())[1] + ".0"
+
+# Interpreted kernels cannot be compiled: without the variable that conftest.py sets.
+PLAIN = {"TRITON_INTERPRET": None}
+
+# One kernel that is in order, one that spills, one that asks for too much shared memory, one that does not compile.
+TOY = """
+import torch, triton, triton.language as tl
+from kernel_case import KernelCase
+
+@triton.jit
+def product(p_a, p_b, p_c, n_tiles, BLOCK: tl.constexpr):
+    o = tl.arange(0, BLOCK)
+    o_tile = o[:, None] * BLOCK + o[None, :]
+    b_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
+    for i in range(n_tiles):
+        b_acc += tl.dot(tl.load(p_a + i * BLOCK * BLOCK + o_tile), tl.load(p_b + i * BLOCK * BLOCK + o_tile))
+    tl.store(p_c + o_tile, b_acc)
+
+def launch(block, **options):
+    tensors = [torch.empty(1024, 1024, device="meta", dtype=torch.bfloat16) for _ in range(3)]
+    product[(1,)](*tensors, 8, BLOCK=block, **options)
+
+def cases():
+    return [
+        KernelCase("good", True, lambda: launch(64, num_warps=4)),
+        KernelCase("spilling", True, lambda: launch(128, num_warps=2, num_stages=1)),
+        KernelCase("wide", False, lambda: launch(128, num_warps=4, num_stages=8)),
+        KernelCase("broken", False, lambda: launch(63)),
+        KernelCase("idle", False, lambda: None),
+    ]
+"""
+
+ROWS = """
+import sys
+from kernel_report import rows
+for row in rows("toy", "sm_90", hot_only=False):
+    print(row["case"], row.get("matrix_instruction", ""), row["problem"].splitlines()[0] if row["problem"] else "fine")
+"""
+
+
+def test_the_report_sees_what_is_wrong(tmp_path):
+    (tmp_path / "kernel_cases_toy.py").write_text(TOY)
+    path = f"{tmp_path}:{ROOT / 'scripts'}:{ROOT}"
+    found = run_python("-c", ROWS, environment=PLAIN | {"PYTHONPATH": path}).splitlines()
+    assert found[0] == "good wgmma fine"
+    assert found[1] == "spilling mma spills"
+    assert found[2].startswith("wide wgmma shared memory over 232448")
+    assert found[3].startswith("broken  CompilationError")
+    assert found[4] == "idle  no kernel was launched"
+
+
+def report(tmp_path, *arguments):
+    """The rows of a report that ended with status 0: no compile error, no spill where it counts, all fit."""
+    rows = tmp_path / "rows.csv"
+    run_python(
+        ROOT / "scripts/kernel_report.py",
+        *arguments,
+        *("--csv", rows),
+        environment=PLAIN | {"PYTHONPATH": str(ROOT)},
+        timeout=900,
+    )
+    with rows.open() as file:
+        return list(csv.DictReader(file))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_kernel_compiles_and_fits(tmp_path, operation, target):
+    rows = report(tmp_path, "--operations", operation, "--targets", target)
+    assert any(row["hot"] == "True" for row in rows)
+    assert all(int(row["registers"]) > 0 for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_the_oldest_triton_compiles_the_hot_kernels(tmp_path, operation):
+    assert report(tmp_path, "--operations", operation, "--hot-only", "--triton", OLDEST_TRITON)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("operation", sorted({"flash_attention", "linear_attention"} & set(OPERATIONS)))
+def test_half_precision_runs_on_the_asynchronous_tensor_cores(tmp_path, operation):
+    rows = report(tmp_path, "--operations", operation, "--targets", "sm_90", "--hot-only")
+    half = [row for row in rows if "float16" in row["case"]]
+    assert half and any(row["matrix_instruction"] == "wgmma" for row in half)
