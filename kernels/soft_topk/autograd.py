@@ -1,0 +1,110 @@
+"""Joins the forward and backward passes of both methods into differentiable operations. No maths here.
+
+Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node. Defining them twice in a
+process (the package and a checkpoint's own copy) is harmless: the later definition replaces an equal one.
+"""
+
+import torch
+from torch import Tensor
+
+from .eager import descent_backward, descent_forward, exact_backward, exact_forward
+
+
+@torch.library.custom_op("hf_efficient::soft_topk_exact", mutates_args=())
+def soft_topk_exact(
+    logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Scores, indices, pivot and offset of logits `[R, N]`: see `eager.exact_forward`."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return exact_forward(logits, k, mask, eps, num_selected)
+
+
+@soft_topk_exact.register_fake
+def _(logits, k, mask, eps, num_selected, backend):
+    dtype = torch.promote_types(logits.dtype, torch.float32)
+    scores, indices = _fake_outputs(logits, num_selected)
+    return scores, indices, *(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
+
+
+@torch.library.custom_op("hf_efficient::soft_topk_exact_backward", mutates_args=())
+def soft_topk_exact_backward(
+    grad: Tensor, logits: Tensor, mask: Tensor | None, pivot: Tensor, offset: Tensor, eps: float, backend: str
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and k, in the dtypes of logits and pivot."""
+    with torch.autocast(logits.device.type, enabled=False):
+        grad_logits, grad_k = exact_backward(grad, logits, mask, pivot, offset, eps)
+    return grad_logits.to(logits.dtype), grad_k
+
+
+@soft_topk_exact_backward.register_fake
+def _(grad, logits, mask, pivot, offset, eps, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format), torch.empty_like(pivot)
+
+
+@torch.library.custom_op("hf_efficient::soft_topk_descent", mutates_args=())
+def soft_topk_descent(
+    logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Scores, indices and duals of logits `[R, N]`: see `eager.descent_forward`."""
+    with torch.autocast(logits.device.type, enabled=False):
+        return descent_forward(logits, k, mask, temperatures, num_selected)
+
+
+@soft_topk_descent.register_fake
+def _(logits, k, mask, temperatures, num_selected, backend):
+    duals = logits.new_empty(logits.shape[0], len(temperatures) - 1, dtype=torch.float64)
+    return *_fake_outputs(logits, num_selected), duals
+
+
+@torch.library.custom_op("hf_efficient::soft_topk_descent_backward", mutates_args=())
+def soft_topk_descent_backward(
+    grad: Tensor,
+    logits: Tensor,
+    k: Tensor,
+    mask: Tensor | None,
+    duals: Tensor,
+    temperatures: list[float],
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of logits and k, in the dtypes of both."""
+    with torch.autocast(logits.device.type, enabled=False):
+        grad_logits, grad_k = descent_backward(grad, logits, k, mask, duals, temperatures)
+    return grad_logits.to(logits.dtype), grad_k.to(k.dtype)
+
+
+@soft_topk_descent_backward.register_fake
+def _(grad, logits, k, mask, duals, temperatures, backend):
+    return torch.empty_like(logits, memory_format=torch.contiguous_format), torch.empty_like(k)
+
+
+def _fake_outputs(logits, num_selected):
+    scores = torch.empty_like(logits, memory_format=torch.contiguous_format)
+    return scores, logits.new_empty(logits.shape[0], num_selected, dtype=torch.int64)
+
+
+def _setup_exact(ctx, inputs, output):
+    logits, _, mask, *options = inputs
+    ctx.save_for_backward(logits, mask, *output[2:])
+    ctx.eps, ctx.backend = options[0], options[-1]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_exact(ctx, grad, *_):
+    grad_logits, grad_k = soft_topk_exact_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    return grad_logits, grad_k, None, None, None, None
+
+
+def _setup_descent(ctx, inputs, output):
+    logits, k, mask, *options = inputs
+    ctx.save_for_backward(logits, k, mask, output[2])
+    ctx.temperatures, ctx.backend = options[0], options[-1]
+    ctx.mark_non_differentiable(*output[1:])
+
+
+def _backward_of_descent(ctx, grad, *_):
+    grad_logits, grad_k = soft_topk_descent_backward(grad, *ctx.saved_tensors, ctx.temperatures, ctx.backend)
+    return grad_logits, grad_k, None, None, None, None
+
+
+soft_topk_exact.register_autograd(_backward_of_exact, setup_context=_setup_exact)
+soft_topk_descent.register_autograd(_backward_of_descent, setup_context=_setup_descent)
