@@ -100,6 +100,36 @@ def test_small_blocks_are_large_blocks(monkeypatch):
             assert torch.equal(indices, outputs[0][2])
 
 
+@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "periodic", "nan", "minus infinity"])
+def test_shortlists_of_long_rows(monkeypatch, kind):
+    """Whatever the sample makes of the row, the result is that of the whole row."""
+    logits = torch.randn(3, 5000)
+    if kind == "ties":
+        logits = logits.round()
+    if kind == "sorted":
+        logits = logits.sort(-1, descending=True).values
+    if kind == "periodic":  # the sample sees the lowest only, then the highest only
+        period = 5000 // 64
+        logits[0, ::period] -= 10
+        logits[1, ::period] += 10
+    if kind == "nan":
+        logits[1, 78] = torch.nan
+    if kind == "minus infinity":
+        logits[:, 300:] = -torch.inf
+    for number in (1, 30, 400):
+        k = torch.tensor([1.0, number, number + 0.5])
+        expected = soft_topk(logits, k, num_selected=number)
+        monkeypatch.setattr(selection_module, "LONG_ROW", 1000)
+        monkeypatch.setattr(selection_module, "SAMPLE", 64)
+        shortlists = selection_module.largest_values(logits, number).shortlists
+        if kind in ("random", "periodic"):  # the second row of these has too few above the sample's bound
+            assert (shortlists is None) == (kind == "periodic" and number == 400)
+        actual = soft_topk(logits, k, num_selected=number)
+        for part, wanted in zip(actual, expected, strict=True):
+            torch.testing.assert_close(part, wanted, rtol=1e-5, atol=1e-7, equal_nan=True)
+        monkeypatch.undo()
+
+
 @every_method
 def test_more_wanted_than_there_is(method):
     """k at least the number of unmasked logits: ones. k zero: zeros. A fully masked row: zeros. Gradients: zero."""

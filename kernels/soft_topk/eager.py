@@ -11,7 +11,7 @@ Both gradients are implicit: nothing but logits and scalars is kept for them.
 
 import torch
 
-from .selection import blocks_of, select_by_position
+from .selection import blocks_of, largest_values, select_by_position
 
 
 def exact_forward(
@@ -27,38 +27,38 @@ def exact_forward(
     if rows == 0:
         empty = values.new_empty(0)
         return torch.empty_like(logits), select_by_position(values, num_selected), empty, empty.clone()
-    k = k.to(values.dtype)[:, None]
+    k = k[:, None].double()
     # One more than saturate, to see whether there is anything besides them.
     needed = min(max(int(k.max().item()) + 1, num_selected, 1), columns)
-    largest, order = torch.topk(values, needed, dim=-1)
-    pivot = largest.gather(-1, (k.ceil().long() - 1).clamp(0, needed - 1))
-    following = largest.gather(-1, k.long().clamp(0, needed - 1))
-    all_saturate = (k >= columns) | (following == -torch.inf)
-    pivot = torch.where(all_saturate, -limit, pivot).masked_fill(k <= 0, limit)
+    best = largest_values(values, needed)
+    whole, ceiling = k.floor(), k.ceil()
+    pivot = best.values.gather(-1, (ceiling - 1).clamp_(0, needed - 1).long())
+    following = best.values.gather(-1, whole.clamp(0, needed - 1).long())
+    all_saturate, none_does = (k >= columns).logical_or_(following == -torch.inf), k <= 0
+    pivot.masked_fill_(all_saturate, -limit).masked_fill_(none_does, limit)
 
-    scores, rest = torch.empty_like(values), values.new_zeros(rows, 1, dtype=torch.float64)
+    scores, rest = torch.empty_like(values), torch.zeros_like(k)
     for row, column in blocks_of(values):
         block = torch.sub(values[row, column], pivot[row], out=scores[row, column])
         block.mul_(1 / eps).exp_()
-    scores.scatter_(-1, order, 0)
+    scores.scatter_(-1, best.positions, 0)
     for row, column in blocks_of(values):
         rest[row] += scores[row, column].sum(-1, keepdim=True)
 
     # Larger ones than 1/z are never unsaturated, and z is not smaller than this.
-    smallest = (k - k.ceil() + 1) / columns
-    scaled = ((largest - pivot) / eps).clamp_(max=1 - smallest.log()).exp_().double()
+    smallest = (k - ceiling).add_(1).div_(columns)
+    scaled = best.values.sub(pivot).mul_(1 / eps).double().clamp_(max=1 - smallest.log_()).exp_()
     sums = scaled.flip(-1).cumsum(-1).flip(-1).add_(rest)
-    z = (k.double() - torch.arange(needed, device=k.device)) / sums
-    solution = z.gather(-1, (z * scaled <= 1).to(torch.uint8).argmax(-1, keepdim=True))
-    solution.masked_fill_(all_saturate | (k <= 0), 1)
-    offset = -solution.log()[:, 0].to(values.dtype)
-    solution = solution.to(values.dtype)
+    z = torch.sub(k, torch.arange(needed, dtype=k.dtype, device=k.device)).div_(sums)
+    solution = z.gather(-1, (z * scaled <= 1).byte().argmax(-1, keepdim=True))
+    solution.masked_fill_(all_saturate.logical_or_(none_does), 1)
+    offset = solution.log().neg_()[:, 0].to(values.dtype)
+    single = solution.to(values.dtype)
 
     for row, column in blocks_of(values):
-        scores[row, column].mul_(solution[row])
-    scores.scatter_(-1, order, scaled.to(values.dtype).mul_(solution).clamp_(max=1))
-    smallest_selected = largest[:, num_selected - 1 : num_selected] if num_selected else None
-    indices = select_by_position(values, num_selected, smallest_selected)
+        scores[row, column].mul_(single[row])
+    scores.scatter_(-1, best.positions, scaled.mul_(solution).clamp_(max=1).to(values.dtype))
+    indices = select_by_position(values, num_selected, best)
     return scores.to(logits.dtype), indices, pivot[:, 0].contiguous(), offset
 
 
@@ -77,16 +77,17 @@ def exact_backward(
     values, grad = _masked_values(logits, mask), _masked_grad(grad, mask, pivot.dtype)
     weights, pivot, offset = torch.empty_like(values), pivot[:, None], offset[:, None]
     total, dot = pivot.new_zeros(2, *pivot.shape, dtype=torch.float64)
+    above_one = -1 - torch.finfo(values.dtype).eps
     for row, column in blocks_of(values):
         block = torch.sub(values[row, column], pivot[row], out=weights[row, column])
         block.mul_(1 / eps).sub_(offset[row])
-        saturated = block > 0
-        block.exp_().masked_fill_(saturated, 0)
+        # -y where y ≤ 1, and 0 above: three times as fast as a mask.
+        torch.threshold_(block.exp_().neg_(), above_one, 0)
         total[row] += block.sum(-1, keepdim=True)
         dot[row] += torch.linalg.vecdot(block, grad[row, column]).unsqueeze(-1)
     mean = (dot / total.masked_fill(total == 0, 1)).to(values.dtype)
     for row, column in blocks_of(values):
-        weights[row, column].mul_(torch.sub(grad[row, column], mean[row]).mul_(1 / eps))
+        weights[row, column].mul_(torch.sub(mean[row], grad[row, column]).mul_(1 / eps))
     return weights, mean[:, 0].contiguous()
 
 
