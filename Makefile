@@ -5,6 +5,7 @@
 #   make lint     the style checks alone; `make format` applies what they ask for
 #   make bench    speed and memory beside the peer libraries
 #   make compat   a smoke test at the lower ends of the supported version ranges
+#   make gpu      on a machine with a GPU: kernel tests and benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3
 VENV   := .venv
@@ -12,8 +13,10 @@ RUN    := $(VENV)/bin/python
 STAMP  := $(VENV)/.installed
 # The peer libraries are large and only benchmarks need them all.
 PEERS  := $(VENV)/.peers-installed
+# constraints.txt pins builds for the CPU: a GPU machine has its own Python with torch, Triton and pytest.
+GPU_PYTHON ?= python3
 
-.PHONY: demo test lint format bench compat
+.PHONY: demo test lint format bench compat gpu
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -35,6 +38,11 @@ bench: $(PEERS)
 
 compat: $(STAMP)
 	$(RUN) scripts/compat.py
+
+gpu:
+	$(GPU_PYTHON) -m pytest tests/test_*triton*.py
+	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) scripts/benchmark.py --device cuda
 
 $(STAMP): pyproject.toml constraints.txt
 	test -x $(VENV)/bin/pip || $(PYTHON) -m venv $(VENV)

@@ -1,0 +1,141 @@
+"""The operations on a GPU, beside what else computes the same: times, share of the roofline, peak memory.
+
+Called by `benchmark.py --device cuda`. The roofline is measured, not read off a data sheet: the copy bandwidth of a
+1 GiB tensor and the rate of an 8192³ product in bfloat16. A row's `roofline` is the least time that its products or
+its inputs and outputs could take at these rates, whichever is more, over the time it took.
+"""
+
+import gc
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+import torch
+from benchmark_gpu_work import WORK, Work
+from benchmark_measure import ROOT, Row, summary
+
+
+MODES = ("forward", "forward+backward")
+BACKWARD = 3.5  # products of forward and backward over those of the forward pass: five to two, one recomputed
+COLD_OPERATIONS = ("linear_attention", "soft_topk", "flash_attention")
+
+
+class Rates(NamedTuple):
+    """Bytes and floating-point operations per second that this device was seen to reach."""
+
+    bandwidth: float
+    matrix: float
+
+
+def measure(device: torch.device, lengths: list[int], repeats: int) -> Iterator[Row]:
+    """Rows of the device's own rates, of every operation and provider, and of the first call in a fresh process."""
+    rates, rows = measure_rates(device, repeats)
+    yield from rows
+    for works in WORK:
+        for length in lengths:
+            for work in works(length, device):
+                yield from rows_of(work, device, rates, repeats)
+    for operation in COLD_OPERATIONS if device.type == "cuda" else ():
+        yield cold_row(operation)
+
+
+def measure_rates(device: torch.device, repeats: int) -> tuple[Rates, list[Row]]:
+    """Copy bandwidth (read plus written bytes) and the rate of a square product in bfloat16."""
+    big = device.type == "cuda"
+    source = torch.empty(2**30 if big else 2**20, dtype=torch.uint8, device=device)
+    target, size = torch.empty_like(source), 8192 if big else 128
+    left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
+    rows = []
+    for name, length, call in (
+        ("copy", source.numel(), lambda: target.copy_(source)),
+        ("product", size, lambda: left @ right),
+    ):
+        samples = milliseconds(call, device, max(repeats, 10))
+        rows.append(Row(name, "torch", "forward", length, **summary(samples), dtype="bfloat16"))
+    return Rates(2e3 * source.numel() / rows[0].median, 2e3 * size**3 / rows[1].median), rows
+
+
+def rows_of(work: Work, device: torch.device, rates: Rates, repeats: int) -> Iterator[Row]:
+    """Both modes of one piece of work; none where the provider cannot do it or memory does not suffice."""
+    for mode in MODES if work.differentiable else MODES[:1]:
+        try:
+            call = work.prepare(mode == MODES[1])
+            samples = milliseconds(call, device, repeats)
+            peak = peak_mib(call, device)
+        except torch.cuda.OutOfMemoryError:
+            print(f"{work.name} {work.provider} {mode} {work.length}: out of memory", flush=True)
+            continue
+        finally:
+            call = None
+            gc.collect()
+        factor = BACKWARD if mode == MODES[1] else 1
+        floor = max(factor * work.operations / rates.matrix, (3 if factor > 1 else 1) * work.bytes / rates.bandwidth)
+        row = Row(work.name, work.provider, mode, work.length, **summary(samples), peak_mib=peak, sizes=work.sizes)
+        row.dtype, row.peer = work.dtype, work.peer
+        row.roofline = 1e3 * floor / row.median if work.operations or work.bytes else None
+        yield row
+
+
+def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:
+    """Times of single calls, each behind a second-level cache that other data went through."""
+    for _ in range(3):
+        call()
+    if device.type != "cuda":
+        return [_wall(call) for _ in range(repeats)]
+    flush = torch.empty(2**28, dtype=torch.uint8, device=device)
+    events = []
+    for _ in range(max(repeats, 10)):
+        flush.zero_()
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        end.record()
+        events.append((start, end))
+    torch.cuda.synchronize(device)
+    return [start.elapsed_time(end) for start, end in events]
+
+
+def _wall(call):
+    start = time.perf_counter()
+    call()
+    return 1e3 * (time.perf_counter() - start)
+
+
+def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
+    """MiB that one call allocates at its highest point; None where there is no such counter."""
+    if device.type != "cuda":
+        return None
+    torch.cuda.synchronize(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    before = torch.cuda.memory_allocated(device)
+    call()
+    torch.cuda.synchronize(device)
+    return (torch.cuda.max_memory_allocated(device) - before) / 2**20
+
+
+COLD = """
+import sys, time, torch
+sys.path.insert(0, {scripts!r})
+from benchmark_gpu_work import first_call
+call = first_call({operation!r}, torch.device("cuda"))
+torch.cuda.synchronize()
+start = time.perf_counter()
+call()
+torch.cuda.synchronize()
+print(1e3 * (time.perf_counter() - start))
+"""
+
+
+def cold_row(operation: str) -> Row:
+    """Forward and backward once in a fresh process with an empty Triton cache: what a user waits for at first."""
+    with tempfile.TemporaryDirectory() as cache:
+        code = COLD.format(scripts=str(ROOT / "scripts"), operation=operation)
+        environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
+        finished = subprocess.run(
+            [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
+        )
+    return Row(f"{operation}_first_call", "ours", MODES[1], 0, **summary([float(finished.stdout.split()[-1])]))
