@@ -4,8 +4,10 @@
     python scripts/benchmark.py --only causal        a part of it: causal, bidirectional, generate, decode
     python scripts/benchmark.py --quick              tiny sizes, to see that it runs; writes nothing
     python scripts/benchmark.py --report             the targets from the rows on disk, without measuring
+    python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
-All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/performer.csv.
+All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/performer.csv,
+those of a GPU to docs/benchmarks/gpu.csv.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -19,6 +21,7 @@ import csv
 import os
 import subprocess
 import sys
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, fields
 from pathlib import Path
 
@@ -31,6 +34,8 @@ from benchmark_targets import report
 
 PARTS = ("causal", "bidirectional", "generate", "decode")
 OUTPUT = ROOT / "docs/benchmarks/performer.csv"
+GPU_OUTPUT = ROOT / "docs/benchmarks/gpu.csv"
+GPU_LENGTHS = (2048, 4096, 8192, 16384)
 KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
 # Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
@@ -40,7 +45,8 @@ KEPT_HEAP_LENGTHS = (1024, 4096)
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
-    parser.add_argument("--lengths", nargs="+", type=int, default=[1024, 4096, 16384], help="of the attention rows")
+    parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
+    parser.add_argument("--lengths", nargs="+", type=int, help="of the attention rows; default: 1024 4096 16384")
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 4096, 16384], help="of the decode rows")
     parser.add_argument("--repeats", type=int, default=5, help="calls per row, at least")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
@@ -50,6 +56,7 @@ def parse_arguments():
     # What a run under another allocator is told; glibc reads its variables when a process starts.
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.lengths = arguments.lengths or list((1024, 4096, 16384) if arguments.device == "cpu" else GPU_LENGTHS)
     for name in ("repeats", "threads"):
         if getattr(arguments, name) < 1:
             parser.error(f"--{name} must be at least 1, got {getattr(arguments, name)}")
@@ -57,6 +64,35 @@ def parse_arguments():
         if min(getattr(arguments, name)) < 4:
             parser.error(f"--{name} must be at least 4, got {min(getattr(arguments, name))}")
     return arguments
+
+
+def complete(rows: Iterable[Row], common: dict) -> Iterator[Row]:
+    """The rows with what they have in common, each printed as it comes."""
+    for row in rows:
+        for name, value in common.items():
+            setattr(row, name, value)
+        print(
+            f"{row.name:30} {row.provider:22} {row.mode:16} {row.length:6} {row.median:11.3f} ms"
+            f"  {'' if row.peak_mib is None else f'{row.peak_mib:8.1f} MiB'}"
+            f"  {'' if row.roofline is None else f'{100 * row.roofline:5.1f} % of the roofline'}".rstrip(),
+            flush=True,
+        )
+        yield row
+
+
+def measure_gpu(arguments) -> None:
+    """All rows of the GPU, written as soon as they are complete."""
+    if not torch.cuda.is_available():
+        sys.exit("--device cuda: torch sees no GPU here")
+    from benchmark_gpu import measure
+
+    benchmark_gate.require_green(["linear_attention", "soft_topk", "flash_attention"])
+    device = torch.device("cuda")
+    common = provenance("default", arguments.threads) | {"device": torch.cuda.get_device_name(device)}
+    rows = list(complete(measure(device, arguments.lengths, arguments.repeats), common))
+    output = arguments.output or GPU_OUTPUT
+    write_rows(output, merged(read_rows(output) if output.exists() else [], rows))
+    print(f"\n{len(rows)} rows in {output}")
 
 
 def measure(arguments) -> list[Row]:
@@ -69,15 +105,7 @@ def measure(arguments) -> list[Row]:
     rows = []
 
     def collect(new_rows):
-        for row in new_rows:
-            for name, value in common.items():
-                setattr(row, name, value)
-            rows.append(row)
-            print(
-                f"{row.name:30} {row.provider:22} {row.mode:16} {row.length:6} {row.median:11.2f} ms"
-                f"  {'' if row.peak_mib is None else f'{row.peak_mib:8.1f} MiB'}",
-                flush=True,
-            )
+        rows.extend(complete(new_rows, common))
 
     quick = arguments.quick
     for part in ("causal", "bidirectional"):
@@ -127,6 +155,9 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
 
 def main():
     arguments = parse_arguments()
+    if arguments.device == "cuda":
+        measure_gpu(arguments)
+        return
     if arguments.setting:
         write_rows(arguments.output, measure(arguments))
         return

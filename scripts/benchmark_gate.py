@@ -12,6 +12,8 @@ from benchmark_measure import ROOT
 # What has to be green, and of that, what a run that prints no real figure looks at.
 TESTS = {
     "linear_attention": ["tests/test_linear_attention*.py"],
+    "soft_topk": ["tests/test_soft_topk*.py"],
+    "flash_attention": ["tests/test_flash_attention*.py"],
     "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
 }
 QUICK_TESTS = {

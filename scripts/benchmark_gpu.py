@@ -15,7 +15,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from benchmark_gpu_work import WORK, Work
+from benchmark_gpu_models import measure_decoding, measure_training
+from benchmark_gpu_work import WORK, Work, on_gpu
 from benchmark_measure import ROOT, Row, summary
 
 
@@ -39,13 +40,16 @@ def measure(device: torch.device, lengths: list[int], repeats: int) -> Iterator[
         for length in lengths:
             for work in works(length, device):
                 yield from rows_of(work, device, rates, repeats)
-    for operation in COLD_OPERATIONS if device.type == "cuda" else ():
+    for length in lengths:
+        yield from measure_training(length, device, repeats, milliseconds)
+        yield from measure_decoding(length, device, repeats, milliseconds)
+    for operation in COLD_OPERATIONS if on_gpu(device) else ():
         yield cold_row(operation)
 
 
 def measure_rates(device: torch.device, repeats: int) -> tuple[Rates, list[Row]]:
     """Copy bandwidth (read plus written bytes) and the rate of a square product in bfloat16."""
-    big = device.type == "cuda"
+    big = on_gpu(device)
     source = torch.empty(2**30 if big else 2**20, dtype=torch.uint8, device=device)
     target, size = torch.empty_like(source), 8192 if big else 128
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
@@ -84,7 +88,7 @@ def milliseconds(call: Callable[[], object], device: torch.device, repeats: int)
     """Times of single calls, each behind a second-level cache that other data went through."""
     for _ in range(3):
         call()
-    if device.type != "cuda":
+    if not on_gpu(device):
         return [_wall(call) for _ in range(repeats)]
     flush = torch.empty(2**28, dtype=torch.uint8, device=device)
     events = []
@@ -107,7 +111,7 @@ def _wall(call):
 
 def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
     """MiB that one call allocates at its highest point; None where there is no such counter."""
-    if device.type != "cuda":
+    if not on_gpu(device):
         return None
     torch.cuda.synchronize(device)
     torch.cuda.reset_peak_memory_stats(device)

@@ -51,18 +51,21 @@ class Work:
         return both
 
 
+def on_gpu(device: torch.device) -> bool:
+    """Whether the real sizes are meant; elsewhere everything is tiny and eager, to see that it runs."""
+    return device.type == "cuda"
+
+
 def _sizes(device, **full):
-    """The sizes of a row, cut down where no GPU is there to carry them."""
-    return (
-        full if device.type == "cuda" else {name: min(size, 2 if name in "BH" else 16) for name, size in full.items()}
-    )
+    limits = {"B": 2, "H": 2, "D": 16, "M": 16}
+    return full if on_gpu(device) else {name: min(size, limits[name]) for name, size in full.items()}
 
 
 def _backend(device):
-    return "triton" if device.type == "cuda" else "eager"
+    return "triton" if on_gpu(device) else "eager"
 
 
-def _qkv(device, dtype, length, *, B, H, D):  # noqa: N803 (the letters of the rows)
+def _qkv(device, dtype, length, *, B, H, D):
     return [torch.randn(B, H, length, D, device=device, dtype=dtype) for _ in range(3)]
 
 
@@ -114,7 +117,7 @@ def plain_linear(length: int, device: torch.device) -> Iterator[Work]:
 
 def routing(length: int, device: torch.device) -> Iterator[Work]:
     """Soft top-k of k = n/16 over 16 rows, 16 times as long as the attention rows."""
-    rows, length = (16, 16 * length) if device.type == "cuda" else (2, 64)
+    rows, length = (16, 16 * length) if on_gpu(device) else (2, 64)
     logits = torch.randn(rows, length, device=device)
     k = length // 16
     common = {"sizes": f"rows {rows} k {k}", "inputs": [logits], "length": length}
@@ -127,7 +130,7 @@ def routing(length: int, device: torch.device) -> Iterator[Work]:
             **common,
         )
     yield Work("soft_topk", "torch.topk", function=lambda s: s.topk(k).values, peer="torch's own", **common)
-    if device.type == "cuda":
+    if on_gpu(device):
         from colt5_attention.triton_coor_descent import triton_coor_descent
 
         if length <= 131072:  # its kernel holds a row in one program

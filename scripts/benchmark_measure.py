@@ -19,7 +19,10 @@ SHORT = 0.4  # seconds; quick calls are repeated until they filled this
 
 @dataclass
 class Row:
-    """One line of the CSV file. Times in ms, memory in MiB; an empty field was not measured."""
+    """One line of the CSV file. Times in ms, memory in MiB; an empty field was not measured.
+
+    `roofline`: the least time that the device's measured rates allow over the median, on GPUs.
+    """
 
     name: str
     provider: str
@@ -34,6 +37,7 @@ class Row:
     cache_bytes: int | None = None
     error: float | None = None
     error_length: int | None = None
+    roofline: float | None = None
     sizes: str = ""
     dtype: str = "float32"
     allocator: str = "default"

@@ -18,6 +18,7 @@ operations = load_script("benchmark_operations")
 table = load_script("benchmark_table")
 targets = load_script("benchmark_targets")
 benchmark = load_script("benchmark")
+benchmark_gpu = load_script("benchmark_gpu")
 
 
 def make_row(name, provider, mode, length, median, **fields):
@@ -46,6 +47,32 @@ def test_quick_run(tmp_path):
     assert ours[16].cache_bytes == ours[32].cache_bytes > 0
     assert theirs[32].cache_bytes > theirs[16].cache_bytes
     assert "| target" in printed and "not measured" in printed
+
+
+def test_the_gpu_benchmark_runs():
+    """Every piece of work, tiny and on the CPU: what a GPU machine must not be the first to run."""
+    rows = list(benchmark_gpu.measure(torch.device("cpu"), [64], repeats=1))
+    names = {"copy", "product", "linear_attention_causal", "linear_attention_plain", "soft_topk", "train", "decode"}
+    names |= {f"flash_attention_{kind}" for kind in ("causal", "alibi", "t5", "softcap", "window")}
+    assert {row.name for row in rows} == names
+    for row in rows:
+        assert row.median > 0
+        assert row.mode == "forward" or row.name in names - {"copy", "product"}
+        if row.provider == "ours" and row.name not in ("train", "decode"):
+            assert row.roofline > 0
+
+
+def test_the_gpu_benchmark_compares_the_same_things():
+    for works in benchmark_gpu.WORK:
+        found = {}
+        for work in works(64, torch.device("cpu")):
+            output = work.prepare(backward=False)()
+            assert torch.isfinite(output.float()).all()
+            found.setdefault(work.name, {})[work.provider] = output.float()
+        for name, outputs in found.items():
+            if name.startswith("flash_attention") and len(outputs) > 1:
+                ours, theirs = outputs.values()
+                assert torch.allclose(ours, theirs, atol=3e-2), name
 
 
 @pytest.mark.parametrize("causal", [True, False])

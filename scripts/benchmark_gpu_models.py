@@ -1,0 +1,96 @@
+"""Whole models on a GPU: tokens per second in training beside GPT-2, and in decoding behind contexts of any length."""
+
+from collections.abc import Iterator
+
+import torch
+from benchmark_gpu_work import on_gpu
+from benchmark_measure import Row, summary
+from torch import nn
+from transformers import GPT2Config, GPT2LMHeadModel
+
+from hf_efficient import PerformerConfig, PerformerForCausalLM
+
+
+DECODE_STEPS = 32
+
+
+def models(device: torch.device, positions: int) -> dict[str, nn.Module]:
+    """Both with the widths of GPT-2's smallest model: 12 layers of 768, heads of 64."""
+    full = on_gpu(device)
+    width, layers, vocabulary = (768, 12, 50257) if full else (32, 1, 64)
+    tokens = {"pad_token_id": 0, "bos_token_id": 0, "eos_token_id": None}
+    performer = PerformerConfig(
+        vocab_size=vocabulary,
+        hidden_size=width,
+        num_hidden_layers=layers,
+        num_attention_heads=width // 64 or 1,
+        is_decoder=True,
+        **tokens,
+    )
+    gpt2 = GPT2Config(
+        vocab_size=vocabulary,
+        n_positions=positions,
+        n_embd=width,
+        n_layer=layers,
+        n_head=width // 64 or 1,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+        **tokens,
+    )
+    return {"ours": PerformerForCausalLM(performer).to(device), "gpt2": GPT2LMHeadModel(gpt2).to(device)}
+
+
+def measure_training(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
+    """One step of `Trainer`'s work: forward and backward in bfloat16 autocast, one row of this length.
+
+    `time(call, device, repeats)` gives milliseconds.
+    """
+    tokens = torch.randint(64, (1, length), device=device)
+    for name, model in models(device, length).items():
+        model.train()
+
+        def step(model=model):
+            with torch.autocast(device.type, torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens, use_cache=False).loss
+            loss.backward()
+            model.zero_grad(set_to_none=True)
+
+        samples = time(step, device, repeats)
+        yield _row("train", name, "forward+backward", length, samples, length, model)
+
+
+def measure_decoding(context: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
+    """Single steps behind this context, bfloat16 weights."""
+    steps = DECODE_STEPS if on_gpu(device) else 2
+    tokens = torch.randint(64, (1, context), device=device)
+    # Room in GPT-2's position table for the steps that warm up too.
+    room = context + steps * (max(repeats, 10) + 4)
+    for name, model in models(device, room).items():
+        model = model.to(torch.bfloat16).eval()
+        with torch.no_grad():
+            cache = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
+
+        def decode(model=model, cache=cache):
+            token = tokens[:, -1:]
+            with torch.no_grad():
+                for _ in range(steps):
+                    token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+
+        samples = time(decode, device, repeats)
+        yield _row("decode", name, f"{steps} steps", context, samples, steps, model)
+
+
+def _row(name, provider, mode, length, samples, tokens, model):
+    spread = summary(samples)
+    millions = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return Row(
+        name,
+        provider,
+        mode,
+        length,
+        **spread,
+        tokens_per_second=1e3 * tokens / spread["median"],
+        sizes=f"{millions:.1f}M parameters",
+        dtype="bfloat16",
+    )
