@@ -8,7 +8,7 @@ import torch
 
 # Elements at a time on a CPU: they stay in its cache, and torch starts no threads for so few.
 CACHED_ELEMENTS = 32768
-# From this length on, on a CPU, a shortlist made after a glance at a sample is faster than torch.topk of the whole row.
+# From this length on, on a CPU, a shortlist made after a glance at a sample is faster than a top-k of the whole row.
 LONG_ROW = 16384
 SAMPLE = 2048
 
