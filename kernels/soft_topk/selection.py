@@ -85,7 +85,7 @@ def select_by_position(values: torch.Tensor, num_selected: int, largest: Largest
     if largest.shortlists is None:
         selected = values >= last
         if (selected.sum(-1) == num_selected).all():
-            return selected.nonzero()[:, 1].view(rows, num_selected)
+            return selected.nonzero()[:, 1].clone().view(rows, num_selected)
     else:
         pairs = zip(values, largest.shortlists, last, strict=True)
         found = [shortlist[row.take(shortlist) >= bound] for row, shortlist, bound in pairs]
@@ -98,4 +98,4 @@ def select_by_position(values: torch.Tensor, num_selected: int, largest: Largest
     larger, equal = values > last, values == last
     room = num_selected - larger.sum(-1, keepdim=True)
     selected = larger | (equal & (equal.cumsum(-1) <= room))
-    return selected.nonzero()[:, 1].view(rows, num_selected)
+    return selected.nonzero()[:, 1].clone().view(rows, num_selected)
