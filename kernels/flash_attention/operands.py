@@ -5,9 +5,9 @@ An implementation is two functions, the same for eager and Triton, which `autogr
     forward(operands: Operands, options: Options) -> (output, lse)
     backward(operands: Operands, options: Options, output, lse, grad_output, grad_lse, wanted: Wanted) -> Gradients
 
-`output` `[B, H, N, V]` has the dtype of the query and any strides, `lse` `[B, H, N]` is float32 (float64 for float64),
--inf for rows that see nothing. `grad_output` is like `output` with any strides; `grad_lse` is like `lse`, or None
-where nobody asked for it. Operands are never written to.
+`output` `[B, H, N, V]` has the dtype of the query and any strides; `lse` `[B, H, N]` is float32, or float64 on the
+eager path, -inf for rows that see nothing. `grad_output` is like `output` with any strides; `grad_lse` is like `lse`,
+or None where nobody asked for it. Operands are never written to.
 """
 
 from typing import NamedTuple

@@ -1,0 +1,244 @@
+"""The blocked form that runs without a GPU: memory linear in N and M, tiles outside of the window never touched.
+
+Forward, for each block of rows, tile by tile of keys (arXiv 2205.14135, algorithm 1): a running maximum, the sum and
+the weighted values below it, rescaled when the maximum grows. Backward recomputes each tile from the log-sum-exp:
+
+    w = exp(s - lse)      dv = wᵀ do      ds = w ∘ (do vᵀ - δ)      δ = Σ_j w_j (do vᵀ)_j - dlse = do·o - dlse
+    dx = ds (1 - (s / softcap)²)      dq = scale · dx k      dk = scale · dxᵀ q      dbias[t] = Σ dx over r + j = t
+
+Logits are in base 2: exp2 takes a third of the time of exp.
+"""
+
+import torch
+from torch import Tensor
+
+from .eager_tiles import (
+    LOG2_E,
+    bias_gradients,
+    compute_logits,
+    kept,
+    keys_of,
+    largest_tile,
+    prepare,
+    row_blocks,
+    rows_of,
+)
+from .operands import Gradients, Operands, Options, Wanted
+
+
+def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
+    """Output `[B, H, N, V]` in the dtype of the query and lse `[B, H, N]` in float64; see `operands.py`."""
+    query = operands.query
+    if not (_has_lengths(operands) or query.numel() == 0):
+        return _forward(operands, options)
+    output = query.new_zeros(*query.shape[:3], operands.value.shape[3])
+    lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)
+    for b, rows, columns in _lengths(operands):
+        here = slice(b, b + 1), slice(None), slice(0, rows)
+        output[here], lse[here] = _forward(_cut(operands, b, rows, columns), options, b)
+    return output, lse
+
+
+def backward(
+    operands: Operands,
+    options: Options,
+    output: Tensor,
+    lse: Tensor,
+    grad_output: Tensor,
+    grad_lse: Tensor | None,
+    wanted: Wanted,
+) -> Gradients:
+    """Gradients of the operands; see `operands.py`."""
+    results = output, lse, grad_output, grad_lse
+    if _has_lengths(operands) or operands.query.numel() == 0:
+        dtype = torch.promote_types(output.dtype, torch.float32)
+        gradients = operands._replace(
+            **{n: None if t is None else torch.zeros_like(t, dtype=dtype) for n, t in _differentiable(operands)}
+        )
+        for b, rows, columns in _lengths(operands):
+            here = slice(b, b + 1), slice(None), slice(0, rows)
+            own = (None if t is None else t[here] for t in results)
+            part = _backward(_cut(operands, b, rows, columns), options, *own, wanted, b)
+            for name, total in _differentiable(_cut(gradients, b, rows, columns)):
+                if (gradient := getattr(part, name)) is not None:
+                    total += gradient
+    else:
+        gradients = _backward(operands, options, *results, wanted)
+
+    def finished(name, operand):
+        unwanted = operand is None or not getattr(wanted, name, True)
+        return None if unwanted else getattr(gradients, name).to(operand.dtype)
+
+    return Gradients(*(finished(name, operand) for name, operand in _differentiable(operands)))
+
+
+def _forward(operands, options, batch_row=0):
+    part = prepare(operands, options, batch_row)
+    count, shared, length = part.query.shape[:3]
+    output = part.query.new_empty(count, shared, length, part.value.shape[2])
+    lse = part.query.new_empty(count, shared, length, dtype=torch.float64)
+    buffer = part.query.new_empty(largest_tile(part))
+    sinks = None if operands.sinks is None else _per_row(operands.sinks, operands, part) * LOG2_E
+    for block, tiles in row_blocks(part):
+        rows = rows_of(part.query, block)
+        accumulated = rows.new_zeros(*rows.shape[:2], part.value.shape[2])
+        if sinks is None:
+            maximum, total = rows.new_full((*rows.shape[:2], 1), -torch.inf), rows.new_zeros(*rows.shape[:2], 1)
+        else:  # a key without a value, seen first
+            maximum, total = rows_of(sinks, block), rows.new_ones(*rows.shape[:2], 1)
+        for tile in tiles:
+            key, value = keys_of(part, tile)
+            weights, _ = compute_logits(part, tile, rows, key, buffer)
+            grown = torch.maximum(maximum, weights.amax(-1, keepdim=True))
+            grown.masked_fill_(grown == -torch.inf, 0)  # a row that has seen nothing yet
+            weights.sub_(grown).exp2_()
+            shrunk = (maximum - grown).exp2_()
+            maximum, total = grown, total.mul_(shrunk).add_(weights.sum(-1, keepdim=True))
+            if part.row_keys is not None:
+                weights.mul_(kept(part, tile))
+            accumulated.mul_(shrunk).baddbmm_(weights, value)
+        maximum = torch.where(total == 0, -torch.inf, maximum)
+        accumulated.div_(total.masked_fill(total == 0, 1).mul_(1 - options.dropout_p))
+        here = slice(block.start, block.stop), slice(None), slice(block.top, block.bottom)
+        output[here] = accumulated.view(output[here].shape)
+        lse[here] = ((maximum.double() + total.double().log2()) / LOG2_E).view(lse[here].shape)
+    batch, heads = operands.query.shape[:2]
+    output = output.view(batch, heads, length, output.shape[3]).flip(2).to(operands.query.dtype)
+    return output, lse.view(batch, heads, length).flip(2)
+
+
+def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, batch_row=0):
+    part = prepare(operands, options, batch_row)
+    dtype, shape = part.query.dtype, part.query.shape
+    grad_output = grad_output.to(dtype)
+    delta = (grad_output * output).sum(-1)
+    delta = delta if grad_lse is None else delta - grad_lse
+
+    def reversed_rows(tensor):
+        return tensor.flip(2).reshape(*shape[:3], -1)
+
+    # Weights are taken below a whole power of two, and the rest of the normaliser goes to what the rows are multiplied
+    # with: the lse, rounded to float32, would be the largest error of all.
+    lse_2 = torch.where(lse == -torch.inf, 0, lse).double() * LOG2_E
+    powers = lse_2.round()
+    rest = torch.exp2(powers - lse_2)
+    bases, deltas = reversed_rows(powers.to(dtype)), reversed_rows((delta * rest).to(dtype))
+    grads_in = reversed_rows(grad_output * (rest / (1 - options.dropout_p)).to(dtype)[..., None])
+
+    grad_query = torch.empty_like(part.query)
+    grad_keys = tuple(torch.zeros_like(t) for t in (part.key, part.value))
+    grad_memories = tuple(torch.zeros_like(t) for t in (part.memory_key, part.memory_value))
+    grad_bias = None
+    if part.bias is not None and any(wanted):
+        grad_bias = torch.zeros_like(part.bias)
+    buffers = part.query.new_empty(2, largest_tile(part))
+    skewed = part.query.new_zeros(0)
+
+    for block, tiles in row_blocks(part):
+        rows, grad_rows, delta_rows, base = (rows_of(t, block) for t in (part.query, grads_in, deltas, bases))
+        grad_own = torch.zeros_like(rows)
+        for tile in tiles:
+            key, value = keys_of(part, tile)
+            weights, clamped = compute_logits(part, tile, rows, key, buffers[0])
+            weights.sub_(base).exp2_()
+            slopes = buffers[1, : weights.numel()].view(weights.shape)
+            torch.bmm(grad_rows, value.mT, out=slopes)
+            here = slice(tile.start, tile.stop), slice(tile.left, tile.right)
+            grad_key, grad_value = (t[here] for t in (grad_memories if tile.memory else grad_keys))
+            if part.row_keys is None:
+                grad_value.baddbmm_(weights.mT, grad_rows)
+            else:
+                keep = kept(part, tile)
+                grad_value.baddbmm_((weights * keep).mT, grad_rows)
+                slopes.mul_(keep)
+            slopes.sub_(delta_rows).mul_(weights)
+            if clamped is not None:
+                slopes.addcmul_(slopes, clamped.square_(), value=-1)
+            grad_own.baddbmm_(slopes, key)
+            grad_key.baddbmm_(slopes.mT, rows)
+            if grad_bias is not None and not tile.memory:
+                by_row = slopes.view(tile.stop - tile.start, shape[1], tile.bottom - tile.top, tile.right - tile.left)
+                skewed = _add_along_distances(grad_bias[tile.start : tile.stop], by_row, tile.top + tile.left, skewed)
+        own = slice(block.start, block.stop), slice(None), slice(block.top, block.bottom)
+        grad_query[own] = grad_own.view(grad_query[own].shape)
+
+    def unflattened(tensor, operand, factor=1.0):
+        tensor = tensor.view(*operands.key.shape[:2], *tensor.shape[1:]).mul_(factor)
+        return tensor if operand.shape[0] == tensor.shape[0] else tensor.sum(0, keepdim=True)
+
+    memory = operands.memory_key, operands.memory_value
+    has_memory = memory[0] is not None
+    slopes, table = (None, None)
+    if grad_bias is not None:
+        slopes, table = bias_gradients(operands, grad_bias.view(*operands.query.shape[:2], -1))
+    sinks = None
+    if operands.sinks is not None:
+        sinks = -(torch.exp(operands.sinks.to(dtype)[:, None] - lse) * delta).sum((0, 2))
+    return Gradients(
+        grad_query.view(operands.query.shape).flip(2).mul_(options.scale),
+        unflattened(grad_keys[0], operands.key, options.scale),
+        unflattened(grad_keys[1], operands.value),
+        slopes,
+        table,
+        unflattened(grad_memories[0], memory[0], options.scale) if has_memory else None,
+        unflattened(grad_memories[1], memory[1]) if has_memory else None,
+        sinks,
+    )
+
+
+def _add_along_distances(total, tile, first, skewed):
+    """Add the sums of `tile` `[c, U, rows, columns]` over `r + j = t` to `total[..., first:]`; returns the buffer.
+
+    Row r is written r places further to the right in a buffer of zeros, whose columns are then the t.
+    """
+    rows, columns = tile.shape[2:]
+    width = rows + columns - 1
+    shape = (*tile.shape[:2], rows, width)
+    if skewed.shape != shape:  # the corners that no row covers have to be zeros
+        skewed = tile.new_zeros(shape)
+    strides = skewed.stride()
+    skewed.as_strided(tile.shape, (*strides[:2], width + 1, 1)).copy_(tile)
+    total[..., first : first + width] += skewed.sum(2)
+    return skewed
+
+
+def _per_row(per_head, operands, part):
+    """`[H]` as `[C, U, N, 1]`."""
+    batch, heads, length = operands.query.shape[:3]
+    expanded = per_head.to(part.query.dtype)[None, :, None].expand(batch, heads, length)
+    return expanded.reshape(*part.query.shape[:3], 1)
+
+
+def _differentiable(operands):
+    return [(name, getattr(operands, name)) for name in Gradients._fields]
+
+
+def _has_lengths(operands):
+    return operands.key_lengths is not None or operands.query_lengths is not None
+
+
+def _lengths(operands):
+    """Number, rows and keys of each batch row that has rows."""
+    batch, keys = operands.key.shape[0], operands.key.shape[2]
+    rows = [operands.query.shape[2]] * batch if operands.query_lengths is None else operands.query_lengths.tolist()
+    columns = [keys] * batch if operands.key_lengths is None else operands.key_lengths.tolist()
+    return [(b, n, m) for b, (n, m) in enumerate(zip(rows, columns, strict=True)) if n]
+
+
+def _cut(operands, b, rows, columns):
+    """Batch row b, to its lengths; what batch rows share stays."""
+
+    def own(tensor):
+        return tensor if tensor is None or tensor.shape[0] == 1 else tensor[b : b + 1]
+
+    return operands._replace(
+        query=operands.query[b : b + 1, :, :rows],
+        key=operands.key[b : b + 1, :, :columns],
+        value=operands.value[b : b + 1, :, :columns],
+        key_mask=None if operands.key_mask is None else operands.key_mask[b : b + 1, :columns],
+        key_lengths=None,
+        query_lengths=None,
+        alibi_slopes=own(operands.alibi_slopes),
+        memory_key=own(operands.memory_key),
+        memory_value=own(operands.memory_value),
+    )
