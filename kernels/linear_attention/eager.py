@@ -3,13 +3,13 @@
 Only one chunk's rows of features exist at a time, so the working set stays in the processor's cache and nothing of
 size length × features is ever stored; the backward pass computes the features again. Inside a chunk the weights are
 the small matrix `A = (Q̂ K̂ᵀ) ∘ D` with `D_ij = exp(s_j - m_i)` for `j ≤ i`, where `s_j` is the key's scale and `m_i`
-the running maximum of the scales; the keys before the chunk are in the state `S`. The values carry a column of ones,
-so that one product gives the numerator and the denominator:
+the running maximum of the scales; the keys before the chunk are in the state `S`:
 
     N = A V̄ + exp(m₀ - m) ∘ (Q̂ S̄),      S̄ ← exp(m₀ - m_C) S̄ + K̂ᵀ (exp(s - m_C) ∘ V̄),      V̄ = [V, 1]
 
-`D` and all the exponentials are at most 1, and row i uses nothing of a later row. Tensors here are flat over batch and
-heads (B·H first), in the computation's dtype.
+The column of ones makes the denominators. The forward pass computes them apart, as sums: a product with 65 columns
+takes a fifth longer than one with 64. `D` and all the exponentials are at most 1, and row i uses nothing of a later
+row. Tensors here are flat over batch and heads (B·H first), in the computation's dtype.
 """
 
 from typing import NamedTuple
@@ -20,8 +20,8 @@ from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
-# Rows at a time. Measured on two x86 cores (AVX-512, m = 266, d = 64): 32, 64 and 128 rows are within 10 % for the
-# causal form, which pays for the square inside the chunk; the bidirectional form has no such square.
+# Rows at a time. Measured on two x86 cores (m = 266, d = 64): 32, 64 and 128 are within 10 % for the causal form.
+# A product adds up its rows one by one: 256 of them double the rounding errors of 128.
 CAUSAL_CHUNK = 64
 BIDIRECTIONAL_CHUNK = 128
 
@@ -39,20 +39,16 @@ def _features(rows: torch.Tensor, feature_map: FeatureMap, *, is_key: bool, for_
     logits = project(rows, feature_map)
     if feature_map.function != EXPONENTIAL:
         values = POINTWISE_FUNCTIONS[feature_map.function].value(logits)
-        values = values + feature_map.epsilon if feature_map.epsilon else values
+        values = values.add_(feature_map.epsilon) if feature_map.epsilon else values
         log_scale = logits.new_zeros(logits.shape[:-1]) if is_key else None
         return _Features(values, logits if for_backward else None, log_scale)
-    if not is_key:
-        values = torch.softmax(logits, dim=-1)
-        return _Features(values.add_(feature_map.epsilon) if feature_map.epsilon else values, None, None)
-    maximum = logits.amax(dim=-1, keepdim=True)
-    # Without a projection and a scale the logits may still be the caller's own tensor.
-    values = torch.sub(logits, maximum, out=None if feature_map.projection is None else logits).exp_()
-    total = values.sum(dim=-1, keepdim=True)
-    values.div_(total)
-    log_scale = (maximum + total.log_()).squeeze(-1)
-    if feature_map.subtract_norm:
-        log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * feature_map.scale**2)
+    values = torch.softmax(logits, dim=-1)
+    log_scale = None
+    if is_key:
+        # The largest probability is exp(largest logit - logsumexp), and with M features never below 1 / M.
+        log_scale = logits.amax(dim=-1).sub_(values.amax(dim=-1).log_())
+        if feature_map.subtract_norm:
+            log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * feature_map.scale**2)
     return _Features(values.add_(feature_map.epsilon) if feature_map.epsilon else values, None, log_scale)
 
 
@@ -95,10 +91,14 @@ class _Inputs(NamedTuple):
     def rows(self, name: str, here: slice) -> torch.Tensor:
         return getattr(self, name)[:, :, here].flatten(0, 1).to(self.dtype)
 
+    def values(self, here: slice) -> torch.Tensor:
+        values = self.rows("value", here)
+        # `where`, not a product: what stands at a padded position may be infinite.
+        return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
+
     def values_with_ones(self, here: slice) -> torch.Tensor:
         values = self.rows("value", here)
         values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
-        # `where`, not a product: what stands at a padded position may be infinite.
         return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
 
     def keys(self, here: slice, feature_map: FeatureMap, for_backward: bool = False):
@@ -107,8 +107,10 @@ class _Inputs(NamedTuple):
             rows = torch.where(self.keep[:, here, None], rows, 0)
         features = _features(rows, feature_map, is_key=True, for_backward=for_backward)
         if self.keep is not None:
+            # Zero, not only of the smallest scale: beside no other key, that scale would be the largest too.
             features = features._replace(
-                log_scale=torch.where(self.keep[:, here], features.log_scale, EMPTY_LOG_SCALE)
+                values=torch.where(self.keep[:, here, None], features.values, 0),
+                log_scale=torch.where(self.keep[:, here], features.log_scale, EMPTY_LOG_SCALE),
             )
         return rows, features
 
@@ -117,33 +119,44 @@ def _chunks(length: int, size: int):
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 
-def _flat_state(state: LinearAttentionState) -> tuple[torch.Tensor, torch.Tensor]:
-    memory = torch.cat([state.key_value, state.key_sum[..., None]], dim=-1).flatten(0, 1)
-    return memory, state.log_scale.flatten()
+def _joint_sums(key_value: torch.Tensor, key_sum: torch.Tensor) -> torch.Tensor:
+    """Both sums of a state (or their gradients) side by side: `[BH, M, V+1]`."""
+    return torch.cat([key_value, key_sum[..., None]], dim=-1).flatten(0, 1)
 
 
-def _unflat_state(memory, maximum, batch_and_heads) -> LinearAttentionState:
-    memory = memory.unflatten(0, batch_and_heads)
-    return LinearAttentionState(
-        memory[..., :-1].contiguous(), memory[..., -1].contiguous(), maximum.reshape(batch_and_heads).clone()
-    )
+class _Memory:
+    """A state to be advanced in place, flat over batch and heads: `values` `[BH, M, V]`, `sums` `[BH, M]`, `scale`."""
+
+    def __init__(self, state: LinearAttentionState):
+        self.values, self.sums, self.scale = (
+            t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state
+        )
+
+    def add(self, features: torch.Tensor, log_scale: torch.Tensor, values: torch.Tensor, end: torch.Tensor) -> None:
+        """Add the keys of a chunk; `end` is the scale behind them."""
+        weights, decay = torch.exp(log_scale - end[:, None]), torch.exp(self.scale - end)
+        # The product is a sum of its own: added row by row, it would lose digits.
+        product = torch.bmm(features.mT, values * weights[..., None])
+        torch.addcmul(product, self.values, decay[:, None, None], out=self.values)
+        product = torch.bmm(weights[:, None], features).squeeze(1)
+        torch.addcmul(product, self.sums, decay[:, None], out=self.sums)
+        self.scale = end
+
+    def state(self, batch_and_heads) -> LinearAttentionState:
+        tensors = (self.values, self.sums, self.scale.clone())
+        return LinearAttentionState(*(t.unflatten(0, batch_and_heads) for t in tensors))
 
 
-def _divide(numerator: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Rows `[N, den]` to `N / den` and `den`, with 1 where no key was there (the numerator is 0 there)."""
-    denominator = numerator[..., -1]
-    denominator = denominator.masked_fill(denominator == 0, 1)
-    return numerator[..., :-1] / denominator[..., None], denominator
+def _store_quotient(output, denominators, here: slice, numerator: torch.Tensor, denominator: torch.Tensor) -> None:
+    """Store rows `N / den` and `den`, with 1 where no key was there (the numerator is 0 there)."""
+    denominator = denominator.masked_fill_(denominator == 0, 1)
+    denominators[:, here] = denominator
+    torch.div(numerator, denominator[..., None], out=output[:, here])
 
 
 def _decay_matrix(log_scale: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
     """`exp(s_j - m_i)` `[BH, C, C]`. Entries above the diagonal are meaningless and may be infinite: use `tril_`."""
     return (log_scale[:, None, :] - running[:, :, None]).exp_()
-
-
-def _carry(memory: torch.Tensor, decay: torch.Tensor, rows: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """`decay · memory + rowsᵀ values`. The product is a sum of its own: added row by row, it would lose digits."""
-    return torch.addcmul(torch.bmm(rows.mT, values), memory, decay[:, None, None])
 
 
 def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
@@ -152,31 +165,30 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
     """
     inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
-    memory, maximum = _flat_state(state)
-    output = value.new_empty(value.shape, dtype=memory.dtype)
+    memory = _Memory(state)
+    heads, features, size = memory.values.shape
+    output = memory.values.new_empty(value.shape)
     flat_output = output.flatten(0, 1)
-    denominators = memory.new_empty(memory.shape[0], value.shape[2])
+    denominators = output.new_empty(heads, value.shape[2])
     chunks = _chunks(value.shape[2], CAUSAL_CHUNK)
     saved = len(chunks) if save_states else 0
-    memories, maxima = memory.new_empty(saved, *memory.shape), maximum.new_empty(saved, *maximum.shape)
+    memories, maxima = output.new_empty(saved, heads, features, size + 1), output.new_empty(saved, heads)
 
     for index, here in enumerate(chunks):
         if save_states:
-            memories[index], maxima[index] = memory, maximum
+            memories[index, :, :, :-1], memories[index, :, :, -1] = memory.values, memory.sums
+            maxima[index] = memory.scale
         q = _features(inputs.rows("query", here), feature_map, is_key=False).values
         _, (k, _, log_scale) = inputs.keys(here, feature_map)
-        v = inputs.values_with_ones(here)
-        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None])
+        v = inputs.values(here)
+        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, memory.scale[:, None])
+        carried = torch.exp(memory.scale[:, None] - running)
         weights = torch.bmm(q, k.mT).mul_(_decay_matrix(log_scale, running)).tril_()
-        numerator = torch.bmm(q, memory).mul_(torch.exp(maximum[:, None] - running)[..., None])
-        numerator.baddbmm_(weights, v)
-        flat_output[:, here], denominators[:, here] = _divide(numerator)
-
-        end = running[:, -1]
-        v.mul_(torch.exp(log_scale - end[:, None])[..., None])
-        memory = _carry(memory, torch.exp(maximum - end), k, v)
-        maximum = end
-    return output, _unflat_state(memory, maximum, query.shape[:2]), denominators, memories, maxima
+        numerator = torch.bmm(q, memory.values).mul_(carried[..., None]).baddbmm_(weights, v)
+        denominator = (q * memory.sums[:, None]).sum(dim=-1).mul_(carried).add_(weights.sum(dim=-1))
+        _store_quotient(flat_output, denominators, here, numerator, denominator)
+        memory.add(k, log_scale, v, running[:, -1])
+    return output, memory.state(query.shape[:2]), denominators, memories, maxima
 
 
 def causal_backward(
@@ -203,7 +215,7 @@ def causal_backward(
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
     flat_grads = [g.flatten(0, 1) for g in grads]
     parameters = _ParameterGrads(feature_map, wanted)
-    grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
+    grad_memory = _joint_sums(*grad_state).to(dtype)
     end = final_log_scale.flatten()
 
     for index, here in reversed(list(enumerate(_chunks(value.shape[2], CAUSAL_CHUNK)))):
@@ -225,7 +237,9 @@ def causal_backward(
         grad_k = torch.bmm(v.mul_(to_end), grad_memory.mT).baddbmm_(grad_weights.mT, q)
         carried_grad = grad_numerator.mul_(carried)
         grad_q = torch.bmm(carried_grad, memory.mT).baddbmm_(grad_weights, k)
-        grad_memory = _carry(grad_memory, torch.exp(maximum - end), q, carried_grad)
+        grad_memory = torch.addcmul(
+            torch.bmm(q.mT, carried_grad), grad_memory, torch.exp(maximum - end)[:, None, None]
+        )
         end = maximum
 
         _store_query(flat_grads, parameters, here, q_features, grad_q, q_rows, feature_map)
@@ -237,28 +251,26 @@ def causal_backward(
 def bidirectional_forward(query, key, value, feature_map, mask, state):
     """Output, final state and denominators; the keys may be of another length than the queries."""
     inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
-    memory, maximum = _flat_state(state)
+    memory = _Memory(state)
     for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
         _, (k, _, log_scale) = inputs.keys(here, feature_map)
-        end = torch.maximum(log_scale.amax(dim=-1), maximum)
-        v = inputs.values_with_ones(here).mul_(torch.exp(log_scale - end[:, None])[..., None])
-        memory = _carry(memory, torch.exp(maximum - end), k, v)
-        maximum = end
-    new_state = _unflat_state(memory, maximum, query.shape[:2])
+        memory.add(k, log_scale, inputs.values(here), torch.maximum(log_scale.amax(dim=-1), memory.scale))
+    new_state = memory.state(query.shape[:2])
     output, denominators = read_state(query, feature_map, new_state)
     return output, new_state, denominators
 
 
 def read_state(query, feature_map, state):
     """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
-    memory, _ = _flat_state(state)
-    output = memory.new_empty(*query.shape[:3], state.key_value.shape[-1])
+    memory, sums = state.key_value.flatten(0, 1), state.key_sum.flatten(0, 1)
+    output = memory.new_empty(*query.shape[:3], memory.shape[-1])
     flat_output = output.flatten(0, 1)
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
-        numerator = torch.bmm(_features(rows, feature_map, is_key=False).values, memory)
-        flat_output[:, here], denominators[:, here] = _divide(numerator)
+        q = _features(rows, feature_map, is_key=False).values
+        denominator = (q * sums[:, None]).sum(dim=-1)
+        _store_quotient(flat_output, denominators, here, torch.bmm(q, memory), denominator)
     return output, denominators
 
 
@@ -282,8 +294,8 @@ def bidirectional_backward(
     grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
     flat_grads = [g.flatten(0, 1) for g in grads]
     parameters = _ParameterGrads(feature_map, wanted)
-    memory, maximum = _flat_state(state)
-    grad_memory = torch.cat([grad_state[0], grad_state[1][..., None]], dim=-1).flatten(0, 1).to(dtype)
+    memory, maximum = _joint_sums(*state[:2]), state.log_scale.flatten()
+    grad_memory = _joint_sums(*grad_state).to(dtype)
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = inputs.rows("query", here)
         features = _features(rows, feature_map, is_key=False, for_backward=True)
