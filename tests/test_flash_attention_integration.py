@@ -9,11 +9,12 @@ import psutil
 import pytest
 import torch
 import torch.nn.functional as F
-from flash_attention_cases import BATCH, DIFFERENTIABLE, HEADS, make_call, operands_of
-from helpers import ROOT
+from flash_attention_cases import BATCH, COMBINATIONS, DIFFERENTIABLE, HEADS, in_dtype, make_call, operands_of
+from helpers import ROOT, assert_within_budget
 
 from hf_efficient.kernels.flash_attention import eager, eager_tiles, flash_attention, t5_distance_bias
 from hf_efficient.kernels.flash_attention.operands import Operands
+from hf_efficient.kernels.flash_attention.reference import flash_attention_reference
 
 
 backends = pytest.mark.parametrize("backend", ["auto", "eager"])
@@ -227,6 +228,23 @@ def test_cached_steps_are_the_whole(split, backend, small_tiles):
     assert torch.allclose(torch.cat(outputs, 2), whole, rtol=0, atol=1e-13)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "combination", ["plain", "causal alibi", "causal window distance bias", "mask", "decoding", "row without keys"]
+)
+def test_a_step_of_decoding(combination, dtype, monkeypatch):
+    """One row goes to SDPA, with its bias as a mask of one row, and sees the same."""
+    decoding = ("causal", "mask", "alibi per row", "shared distance bias", "one-sided window")
+    monkeypatch.setitem(COMBINATIONS, "decoding", decoding)
+    call = make_call(combination, 1, 40, dtype=torch.float64)
+    call["value"] = torch.randn_like(call["key"])
+    exact = flash_attention(**call, backend="eager")
+    call = in_dtype(call, dtype)
+    plain = flash_attention_reference(*operands_of(**call))[0]
+    monkeypatch.setattr(eager, "_forward", None)
+    assert_within_budget(flash_attention(**call), exact, plain, combination)
+
+
 def test_lengths_are_cuts():
     call = make_call("decoder", 30, 34, dtype=torch.float64)
     lengths = {"key_lengths": torch.tensor([34, 9]), "query_lengths": torch.tensor([12, 30])}
@@ -262,6 +280,7 @@ def test_plain_calls_go_to_sdpa(monkeypatch):
     others = [
         call(length=5, causal=True), call(causal=True, key_mask=mask), call(window=3), call(softcap=2.0),
         call(alibi_slopes=torch.ones(4)), call(sinks=torch.ones(4)), call(return_lse=True), call(backend="eager"),
+        call(length=1, alibi_slopes=torch.ones(4, requires_grad=True)), call(length=1, softcap=2.0),
         call(dropout_p=0.1), call(value_size=5), call(key_lengths=torch.tensor([1, 2])), turned(), call(keys=0),
     ]  # fmt: skip
     asked = []

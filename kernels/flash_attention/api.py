@@ -4,12 +4,12 @@ import math
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import resolve_backend
 from .autograd import attend
 from .operands import UNLIMITED, Operands, Options
+from .sdpa import attend_with_sdpa
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -101,43 +101,10 @@ def flash_attention(
         memory_value, sinks, _seed(dropout_seed, query.device) if options.dropout_p else None,
     )  # fmt: skip
     chosen = resolve_backend(backend, query, unsupported_reason="flash_attention has no Triton kernels yet")
-    if backend == "auto" and not return_lse and _is_plain(operands, options):
-        return _scaled_dot_product_attention(operands, options)
+    if backend == "auto" and not return_lse and (plain := attend_with_sdpa(operands, options)) is not None:
+        return plain
     output = FlashAttentionOutput(*attend(operands, options, chosen))
     return output if return_lse else output.output
-
-
-def _is_plain(operands: Operands, options: Options) -> bool:
-    """Whether `scaled_dot_product_attention` computes exactly this, without an N×M tensor."""
-    query, key, value, key_mask, *others = operands
-    if any(tensor is not None for tensor in others) or options.softcap or options.left != UNLIMITED:
-        return False
-    # Otherwise it falls back to a form that holds N×M tensors (torch 2.13, measured).
-    if query.shape[-1] != value.shape[-1] or any(t.stride(-1) != 1 for t in (query, key, value)):
-        return False
-    length, keys, on_cpu = query.shape[2], key.shape[2], query.device.type == "cpu"
-    if not query.numel() or not keys:
-        return False
-    if options.right == UNLIMITED or (options.right == 0 and length == 1):
-        return key_mask is None or on_cpu  # other devices expand the mask
-    if options.right or length != keys or key_mask is not None:
-        return False
-    # 0 · inf would carry a later key into an earlier row; the sum is finite only if every number is.
-    return not on_cpu or torch.compiler.is_compiling() or bool(torch.isfinite(query.sum() + key.sum() + value.sum()))
-
-
-def _scaled_dot_product_attention(operands: Operands, options: Options) -> Tensor:
-    query, key, value, key_mask, *_ = operands
-    if key_mask is not None:  # a weight of zero does not hide what is no number
-        counts = key_mask[:, None, :, None]
-        key, value = torch.where(counts, key, 0), torch.where(counts, value, 0)
-        key_mask = key_mask[:, None, None]
-    is_causal = options.right == 0
-    if query.shape[2] == 1:  # compiled for any length, `and` would give what SDPA does not take for a bool
-        is_causal = False
-    return F.scaled_dot_product_attention(
-        query, key, value, attn_mask=key_mask, is_causal=is_causal, scale=options.scale, enable_gqa=True
-    )
 
 
 def _options(query, scale, causal, window, softcap, dropout_p) -> Options:
