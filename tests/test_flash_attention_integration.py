@@ -245,6 +245,15 @@ def test_a_step_of_decoding(combination, dtype, monkeypatch):
     assert_within_budget(flash_attention(**call), exact, plain, combination)
 
 
+def test_a_step_of_decoding_keeps_the_digits_of_far_biases():
+    """In bfloat16, 4,000 steps times a slope have three digits."""
+    call = make_call("alibi", 1, 4096, dtype=torch.float64)
+    call |= {"value": torch.randn_like(call["key"]), "alibi_slopes": 2.0 ** -torch.arange(9, 13).double()}
+    exact = flash_attention(**call, backend="eager")
+    half = in_dtype(call, torch.bfloat16)
+    assert_within_budget(flash_attention(**half), exact, flash_attention(**half, backend="eager"), "output")
+
+
 def test_lengths_are_cuts():
     call = make_call("decoder", 30, 34, dtype=torch.float64)
     lengths = {"key_lengths": torch.tensor([34, 9]), "query_lengths": torch.tensor([12, 30])}
