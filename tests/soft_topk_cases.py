@@ -1,6 +1,7 @@
 """What the soft_topk tests share: the equation and the iteration written once more, naively, and their inputs."""
 
 import torch
+from helpers import assert_within_budget
 
 from hf_efficient.kernels.soft_topk.reference import soft_topk_descent_reference, soft_topk_exact_reference
 
@@ -74,6 +75,21 @@ def gradients(function, logits, k, weights, **options):
     scores = function(logits, k, **options)[0]
     grads = torch.autograd.grad((scores * weights.to(scores.dtype)).sum(), (logits, k))
     return scores.detach(), *grads
+
+
+def assert_like_eager(actual, logits, k, weights, mask=None, **options):
+    """Scores and gradients within the budget of the least accurate of several plain computations in the same dtype,
+    which differ in the order of their sums: one alone may be lucky in its rounding."""
+    oracle = gradients(reference, logits.double(), k.double(), weights, mask=mask, **options)
+    eagers = []
+    for _ in range(4):
+        order = torch.randperm(logits.shape[1])
+        shuffled = None if mask is None else mask[:, order]
+        scores, grad, grad_k = gradients(reference, logits[:, order], k, weights[:, order], mask=shuffled, **options)
+        back = order.argsort()
+        eagers.append((scores[:, back], grad[:, back], grad_k))
+    for name, found, exact, *plain in zip(("scores", "logits", "k"), actual, oracle, *eagers, strict=True):
+        assert_within_budget(found, exact, max(plain, key=lambda t, e=exact: (t.double() - e).abs().max()), name)
 
 
 def make_rows(rows, columns, dtype=torch.float32, spread=1.0):

@@ -17,11 +17,11 @@ from hf_efficient.kernels.soft_topk import soft_topk
 every_method = pytest.mark.parametrize("method", METHODS)
 
 
-def operator_arguments(method, masked, requires_grad):
+def operator_arguments(method, masked, requires_grad, backend="eager"):
     logits, k, mask, _ = make_rows(3, 70)
     tensors = [t.requires_grad_(requires_grad) for t in (logits, k)]
     setting = 0.3 if method == "exact" else temperatures(5, 0.3)
-    return (*tensors, mask if masked else None, setting, 9, "eager")
+    return (*tensors, mask if masked else None, setting, 9, backend)
 
 
 def operators(method):
@@ -204,8 +204,3 @@ def test_double_precision_stays_double():
         assert output.scores.dtype == output.threshold.dtype == torch.float64
     halves = soft_topk(logits.half(), 5)
     assert halves.scores.dtype == torch.float16 and halves.threshold.dtype == torch.float32
-
-
-def test_triton_is_refused_as_long_as_there_is_none():
-    with pytest.raises(RuntimeError, match="soft_topk has no Triton kernels yet"):
-        soft_topk(torch.randn(2, 9), 3, backend="triton")

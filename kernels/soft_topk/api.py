@@ -59,7 +59,7 @@ def soft_topk(
         n_iters: iterations of coordinate descent.
         eps_init: the temperature of its first iteration, if that is to be above `eps`.
         eps_decay: the factor from each temperature to the next, as long as that is above `eps`.
-        backend: `"auto"` or `"eager"`. A Triton path does not exist yet, so `"triton"` raises.
+        backend: `"auto"`, `"triton"` (no float64) or `"eager"`.
 
     Returns:
         `SoftTopkOutput`. The scores have the dtype of the logits and are computed in at least float32. The threshold
@@ -70,7 +70,7 @@ def soft_topk(
         RuntimeError: an explicit `backend` that cannot serve this call.
     """
     num_selected = _validate(logits, k, method, eps, mask, num_selected, sorted_by, n_iters, eps_init, eps_decay)
-    backend = resolve_backend(backend, logits, unsupported_reason="soft_topk has no Triton kernels yet")
+    backend = resolve_backend(backend, logits, unsupported_reason=_unsupported(logits))
     leading, columns = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(leading)
     flat = logits.reshape(rows, columns)
@@ -95,6 +95,10 @@ def soft_topk(
             chosen = chosen.masked_fill(~flat_mask.gather(-1, indices), -torch.inf)
         indices = indices.gather(-1, chosen.sort(dim=-1, descending=True, stable=True).indices)
     return SoftTopkOutput(scores.view(logits.shape), indices.view(*leading, num_selected), threshold.view(leading))
+
+
+def _unsupported(logits) -> str | None:
+    return "soft_topk has no kernel for float64" if logits.dtype == torch.float64 else None
 
 
 def _temperatures(n_iters, eps, eps_init, eps_decay) -> list[float]:

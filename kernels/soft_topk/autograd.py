@@ -10,13 +10,23 @@ from torch import Tensor
 from .eager import descent_backward, descent_forward, exact_backward, exact_forward
 
 
+try:  # Without Triton nobody gets as far as asking for these: see resolve_backend.
+    from .triton_backward import descent_backward as descent_backward_triton
+    from .triton_backward import exact_backward as exact_backward_triton
+    from .triton_forward import descent_forward as descent_forward_triton
+    from .triton_forward import exact_forward as exact_forward_triton
+except ImportError:
+    pass
+
+
 @torch.library.custom_op("hf_efficient::soft_topk_exact", mutates_args=())
 def soft_topk_exact(
     logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores, indices, pivot and offset of logits `[R, N]`: see `eager.exact_forward`."""
     with torch.autocast(logits.device.type, enabled=False):
-        return exact_forward(logits, k, mask, eps, num_selected)
+        forward = exact_forward_triton if backend == "triton" else exact_forward
+        return forward(logits, k, mask, eps, num_selected)
 
 
 @soft_topk_exact.register_fake
@@ -32,7 +42,9 @@ def soft_topk_exact_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and k, in the dtypes of logits and pivot."""
     with torch.autocast(logits.device.type, enabled=False):
-        grad_logits, grad_k = exact_backward(grad, logits, mask, pivot, offset, eps)
+        grad_logits, grad_k = (exact_backward_triton if backend == "triton" else exact_backward)(
+            grad, logits, mask, pivot, offset, eps
+        )
     return grad_logits.to(logits.dtype), grad_k
 
 
@@ -47,7 +59,9 @@ def soft_topk_descent(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and duals of logits `[R, N]`: see `eager.descent_forward`."""
     with torch.autocast(logits.device.type, enabled=False):
-        return descent_forward(logits, k, mask, temperatures, num_selected)
+        return (descent_forward_triton if backend == "triton" else descent_forward)(
+            logits, k, mask, temperatures, num_selected
+        )
 
 
 @soft_topk_descent.register_fake
@@ -68,7 +82,9 @@ def soft_topk_descent_backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and k, in the dtypes of both."""
     with torch.autocast(logits.device.type, enabled=False):
-        grad_logits, grad_k = descent_backward(grad, logits, k, mask, duals, temperatures)
+        grad_logits, grad_k = (descent_backward_triton if backend == "triton" else descent_backward)(
+            grad, logits, k, mask, duals, temperatures
+        )
     return grad_logits.to(logits.dtype), grad_k.to(k.dtype)
 
 
