@@ -15,14 +15,14 @@ _SOLVE = {
     for size, block, width, warps in (
         (1024, 1024, 1024, 4),
         (4096, 4096, 4096, 8),
-        (16384, 8192, 8192, 16),
-        (ANY_LENGTH, 8192, 512, 16),
+        (16384, 4096, 4096, 8),
+        (ANY_LENGTH, 4096, 512, 8),
     )
 }
 _STREAM = {
     (bits, size): LaunchConfig({"BLOCK": block}, warps, 1)
     for bits in (16, 32)
-    for size, block, warps in ((1024, 1024, 4), (ANY_LENGTH, 4096, 8))
+    for size, block, warps in ((1024, 1024, 4), (ANY_LENGTH, 2048, 8))
 }
 # Blocks so small that rows of a test are long, and every loop runs more than once.
 _SMALL_SOLVE = {
