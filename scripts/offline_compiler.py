@@ -109,10 +109,10 @@ def _from_amdgcn(asm) -> tuple[int, int, int, str]:
     def number(name: str) -> int:
         return max(int(found) for found in re.findall(rf"\.{name}:\s+(\d+)", text))
 
-    spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+    # A scalar register goes to a lane of a vector register, not to memory: that costs next to nothing.
     return (
         number("vgpr_count"),
-        spilled,
+        4 * number("vgpr_spill_count"),
         number("group_segment_fixed_size"),
         "mfma" if "v_mfma" in text else "",
     )

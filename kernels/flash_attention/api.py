@@ -13,6 +13,7 @@ from .sdpa import attend_with_sdpa
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+LARGEST_HEAD_SIZE = 256  # the largest in launch_table.py
 
 
 class FlashAttentionOutput(NamedTuple):
@@ -100,11 +101,23 @@ def flash_attention(
         query, key, value, key_mask, key_lengths, query_lengths, alibi_slopes, distance_bias, memory_key,
         memory_value, sinks, _seed(dropout_seed, query.device) if options.dropout_p else None,
     )  # fmt: skip
-    chosen = resolve_backend(backend, query, unsupported_reason="flash_attention has no Triton kernels yet")
+    chosen = resolve_backend(backend, query, unsupported_reason=_unsupported(query, value))
     if backend == "auto" and not return_lse and (plain := attend_with_sdpa(operands, options)) is not None:
         return plain
     output = FlashAttentionOutput(*attend(operands, options, chosen))
     return output if return_lse else output.output
+
+
+def _unsupported(query, value) -> str | None:
+    """Why the kernels cannot take these tensors; None if they can."""
+    if query.dtype == torch.float64:
+        return "flash_attention has no kernel for float64"
+    if max(query.shape[3], value.shape[3]) > LARGEST_HEAD_SIZE:
+        return (
+            f"flash_attention has kernels for sizes up to {LARGEST_HEAD_SIZE},"
+            f" got {query.shape[3]} of query and {value.shape[3]} of value"
+        )
+    return None
 
 
 def _options(query, scale, causal, window, softcap, dropout_p) -> Options:
