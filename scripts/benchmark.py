@@ -1,13 +1,13 @@
 """Speed, memory and error of our operations and models beside SDPA, GPT-2 and the peer libraries.
 
     make bench                                       everything (about eight minutes on two cores), then the targets
-    python scripts/benchmark.py --only causal        a part of it: causal, bidirectional, generate, decode
+    python scripts/benchmark.py --only causal        a part of it: causal, bidirectional, generate, decode, flash
     python scripts/benchmark.py --quick              tiny sizes, to see that it runs; writes nothing
     python scripts/benchmark.py --report             the targets from the rows on disk, without measuring
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
 All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/performer.csv,
-those of a GPU to docs/benchmarks/gpu.csv.
+those of softmax attention (flash) to docs/benchmarks/flash_attention.csv, those of a GPU to docs/benchmarks/gpu.csv.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -32,10 +32,12 @@ from benchmark_table import markdown_table
 from benchmark_targets import report
 
 
-PARTS = ("causal", "bidirectional", "generate", "decode")
+PARTS = ("causal", "bidirectional", "generate", "decode", "flash")
 OUTPUT = ROOT / "docs/benchmarks/performer.csv"
+FLASH_OUTPUT = ROOT / "docs/benchmarks/flash_attention.csv"
 GPU_OUTPUT = ROOT / "docs/benchmarks/gpu.csv"
 GPU_LENGTHS = (2048, 4096, 8192, 16384)
+FLASH_LENGTHS = (2048, 4096, 8192)
 KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
 # Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
@@ -97,6 +99,7 @@ def measure_gpu(arguments) -> None:
 
 def measure(arguments) -> list[Row]:
     """All rows of this process, which runs under one allocator setting."""
+    from benchmark_flash_attention import measure as measure_softmax
     from benchmark_models import measure_decoding, measure_generation
     from benchmark_operations import measure as measure_operation
 
@@ -114,6 +117,9 @@ def measure(arguments) -> list[Row]:
                 names = ["ours", "sdpa"] if quick else None
                 collect(measure_operation(length, part == "causal", arguments.repeats, names))
     if arguments.setting == "default":
+        if "flash" in arguments.only:
+            for length in arguments.lengths if quick else FLASH_LENGTHS:
+                collect(measure_softmax(length, arguments.repeats))
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
@@ -153,6 +159,20 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     return list(({row.key: row for row in old} | {row.key: row for row in new}).values())
 
 
+def write_all(outputs: list[Path], rows: list[Row]) -> list[Row]:
+    """Put new rows among the old ones of one file, or of the two that divide them; returns all rows of the files."""
+    of_flash = [row for row in rows if row.name.startswith("flash_attention")]
+    parts = [rows] if len(outputs) == 1 else [[row for row in rows if row not in of_flash], of_flash]
+    found = []
+    for output, part in zip(outputs, parts, strict=True):
+        together = merged(read_rows(output) if output.exists() else [], part)
+        if part:
+            write_rows(output, together)
+            print(f"\n{len(together)} rows in {output}")
+        found += together
+    return found
+
+
 def main():
     arguments = parse_arguments()
     if arguments.device == "cuda":
@@ -161,11 +181,13 @@ def main():
     if arguments.setting:
         write_rows(arguments.output, measure(arguments))
         return
-    output = arguments.output or OUTPUT
+    outputs = [arguments.output] if arguments.output else [OUTPUT, FLASH_OUTPUT]
     if arguments.report:
-        rows = read_rows(output)
+        rows = [row for output in outputs if output.exists() for row in read_rows(output)]
     else:
-        ops = ["linear_attention"] + (["performer"] if {"generate", "decode"} & set(arguments.only) else [])
+        ops = ["linear_attention"] if set(arguments.only) != {"flash"} else []
+        ops += ["performer"] if {"generate", "decode"} & set(arguments.only) else []
+        ops += ["flash_attention"] if "flash" in arguments.only else []
         benchmark_gate.require_green(ops, quick=arguments.quick)
         if arguments.quick:
             arguments.lengths, arguments.contexts = [64, 128], [16, 32]
@@ -180,9 +202,7 @@ def main():
             rows += run_setting(setting, partial)
         partial.unlink()
         if not arguments.quick or arguments.output:
-            rows = merged(read_rows(output) if output.exists() else [], rows)
-            write_rows(output, rows)
-            print(f"\n{len(rows)} rows in {output}")
+            rows = write_all(outputs, rows)
     print("\n" + markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
 
 
