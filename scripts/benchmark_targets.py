@@ -119,7 +119,23 @@ def _decoding_targets():
         )
 
 
-TARGETS = [*_attention_targets(), *_decoding_targets()]
+def _softmax_targets():
+    mode = "forward+backward"
+    for option, text in (("alibi", "ALiBi"), ("t5", "T5's bias"), ("softcap", "a soft clamp")):
+        yield Target(
+            f"softmax attention with {text}, {mode} at 4k: time over plain SDPA's",
+            lambda rows, option=option: rows.ratio(f"flash_attention_{option}", mode, 4096, "ours", "sdpa-plain"),
+            1.5,
+            at_most=True,
+        )
+    yield Target(
+        f"softmax attention in a window of ±127, {mode} at 4k: times faster than SDPA with a mask",
+        lambda rows: rows.ratio("flash_attention_window", mode, 4096, "sdpa-bias", "ours"),
+        4,
+    )
+
+
+TARGETS = [*_attention_targets(), *_decoding_targets(), *_softmax_targets()]
 
 
 def report(rows: list[Row]) -> list[tuple[str, str, str, str, str]]:

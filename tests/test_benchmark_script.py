@@ -29,7 +29,7 @@ def test_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     printed = run_python(
         "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "--output", output),
+        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "flash", "--output", output),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
@@ -37,6 +37,8 @@ def test_quick_run(tmp_path):
     for provider in ("ours", "sdpa"):
         for mode in ("forward", "forward+backward"):
             assert ("linear_attention_causal", provider, mode, 128) in found
+    for option, provider in (("alibi", "ours"), ("t5", "sdpa-bias"), ("softcap", "dense"), ("window", "sdpa-plain")):
+        assert (f"flash_attention_{option}", provider, "forward+backward", 128) in found
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
