@@ -289,11 +289,6 @@ def test_rejects(name):
         linear_attention(**call)
 
 
-def test_triton_is_refused_as_long_as_there_is_none():
-    with pytest.raises(RuntimeError, match="linear_attention has no Triton kernels yet"):
-        linear_attention(**good(), backend="triton")
-
-
 def test_auto_backend_is_eager(monkeypatch):
     decisions = []
 

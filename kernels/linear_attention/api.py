@@ -8,8 +8,11 @@ import torch
 from ..backend import resolve_backend
 from .autograd import linear_attention_eager
 from .eager import step
-from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap
+from .feature_maps import FeatureMap
+from .packing import linear_attention_packed
 from .state import LinearAttentionState
+from .triton_autograd import linear_attention_triton, step_triton
+from .validation import validate
 
 
 class LinearAttentionOutput(NamedTuple):
@@ -28,6 +31,8 @@ def linear_attention(
     causal: bool = False,
     mask: torch.Tensor | None = None,
     state: LinearAttentionState | None = None,
+    cu_seqlens: torch.Tensor | None = None,
+    update_state_in_place: bool = False,
     backend: str = "auto",
 ) -> LinearAttentionOutput:
     """`out_i = Σ_j φ(q_i)·φ(k_j) v_j / Σ_j φ(q_i)·φ(k_j)` in time and memory linear in the length.
@@ -44,7 +49,13 @@ def linear_attention(
         causal: whether row i sees the keys up to i only. A change of a later row leaves row i as it is, to the bit.
         mask: `[B, K]`, bool or integer, nonzero where a key counts. Masked keys are in no sum at all.
         state: what was seen before, from an earlier call with the same feature map, or None.
-        backend: `"auto"` or `"eager"`. A Triton path does not exist yet, so `"triton"` raises.
+        cu_seqlens: `[S + 1]`, int32 or int64, for S sequences packed along the length of a batch of 1: sequence i has
+            the rows from `cu_seqlens[i]` to `cu_seqlens[i + 1]` of queries and keys, knows of no other, may be empty,
+            and has row i of the states (B = S there). From 0 to N and never falling, which is checked on a CPU only:
+            on a GPU that would wait for the device.
+        update_state_in_place: the new state is written into the tensors of `state`, which are returned. For decoding
+            without gradients; saves the memory of a second state.
+        backend: `"auto"`, `"triton"` (no float64) or `"eager"`.
 
     Returns:
         `LinearAttentionOutput`. The state has a gradient in its two sums, none in its scale, which cancels.
@@ -53,39 +64,68 @@ def linear_attention(
         ValueError: a shape, dtype, device or name that does not fit, naming the argument.
         RuntimeError: an explicit `backend` that cannot serve this call.
     """
-    decoding = causal and state is not None and query.shape[-2] == 1 and not torch.compiler.is_compiling()
-    signature = _signature(query, key, value, feature_map, mask, state, backend) if decoding else None
-    if signature is None or signature not in _CHECKED_STEPS:
-        _validate(query, key, value, feature_map, causal, mask, state)
-        resolve_backend(backend, query, unsupported_reason="linear_attention has no Triton kernels yet")
-        if decoding:
-            _CHECKED_STEPS.add(signature)
+    decoding = causal and query.shape[-2] == 1 and cu_seqlens is None
+    known = decoding and state is not None and not torch.compiler.is_compiling()
+    signature = _signature(query, key, value, feature_map, mask, state, backend) if known else None
+    chosen = None if signature is None else _CHECKED_STEPS.get(signature)
+    if chosen is None:
+        validate(query, key, value, feature_map, causal, mask, state, cu_seqlens)
+        chosen = resolve_backend(backend, query, unsupported_reason=_unsupported(query, value))
+        if known:
+            _CHECKED_STEPS[signature] = chosen
     dtype = torch.promote_types(query.dtype, torch.float32)
     feature_map = feature_map.to(dtype)
-    if key is None:
-        # No keys: the operation that has a gradient, and one node for the compiler, reads the state all the same.
-        nothing = query[:, :, :0], query.new_empty(*query.shape[:2], 0, state.key_value.shape[-1])
-        output, _ = linear_attention_eager(query, *nothing, feature_map, None, state, False)
-        return LinearAttentionOutput(output, state)
-    if state is None:
-        features = feature_map.num_features(query.shape[-1])
-        state = LinearAttentionState.empty(
-            *query.shape[:2], features, value.shape[-1], dtype=dtype, device=query.device
-        )
     differentiable = torch.is_grad_enabled() and any(
         t is not None and t.requires_grad
-        for t in (query, key, value, *state[:2], feature_map.projection, feature_map.bias)
+        for t in (query, key, value, *(state or ())[:2], feature_map.projection, feature_map.bias)
     )
-    if causal and query.shape[2] == 1 and not differentiable:
+    if update_state_in_place and (state is None or differentiable):
+        raise ValueError("update_state_in_place needs a state, and tensors that require no gradient")
+    if key is None:
+        # No keys: the operation that has a gradient, and one node for the compiler, reads the state all the same.
+        key, value = query[:, :, :0], query.new_empty(*query.shape[:2], 0, state.key_value.shape[-1])
+        output, _ = _attend(chosen, query, key, value, feature_map, None, state, False, cu_seqlens)
+        return LinearAttentionOutput(output, state)
+    if state is None:
+        sequences = query.shape[0] if cu_seqlens is None else cu_seqlens.shape[0] - 1
+        sizes = query.shape[1], feature_map.num_features(query.shape[-1]), value.shape[-1]
+        state = LinearAttentionState.empty(sequences, *sizes, dtype=dtype, device=query.device)
+    if not decoding or differentiable:
+        output, new_state = _attend(chosen, query, key, value, feature_map, mask, state, causal, cu_seqlens)
+    elif chosen == "triton":
+        output, new_state = step_triton(query, key, value, feature_map, mask, state, update_state_in_place)
+    else:
         autocast = torch.is_autocast_enabled(query.device.type)
         with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-            return LinearAttentionOutput(*step(query, key, value, feature_map, mask, state))
-    return LinearAttentionOutput(*linear_attention_eager(query, key, value, feature_map, mask, state, causal))
+            output, new_state = step(query, key, value, feature_map, mask, state)
+    if update_state_in_place:
+        for part, new_part in zip(state, new_state, strict=True):
+            if part is not new_part:
+                part.copy_(new_part)
+        new_state = state
+    return LinearAttentionOutput(output, new_state)
+
+
+def _attend(chosen, query, key, value, feature_map, mask, state, causal, cu_seqlens):
+    if chosen == "triton":
+        return linear_attention_triton(query, key, value, feature_map, mask, state, causal, cu_seqlens)
+    if cu_seqlens is not None:
+        return linear_attention_packed(query, key, value, feature_map, mask, state, causal, cu_seqlens)
+    return linear_attention_eager(query, key, value, feature_map, mask, state, causal)
+
+
+def _unsupported(query, value) -> str | None:
+    """Why the Triton kernels cannot take this call."""
+    if query.dtype == torch.float64:
+        return "linear_attention has no Triton kernels for torch.float64"
+    if not query.shape[-1] or value is not None and not value.shape[-1]:
+        return "linear_attention has no Triton kernels for heads or values of size 0"
+    return None
 
 
 # Checking costs as much as a step of decoding takes, and the next step looks like this one: what was found right is
-# remembered. One token at a time has few shapes, so the set stays small.
-_CHECKED_STEPS: set[tuple] = set()
+# remembered, with the backend. One token at a time has few shapes, so there is little to remember.
+_CHECKED_STEPS: dict[tuple, str] = {}
 
 
 def _signature(query, key, value, feature_map, mask, state, backend) -> tuple:
@@ -93,78 +133,3 @@ def _signature(query, key, value, feature_map, mask, state, backend) -> tuple:
     tensors = (query, key, value, mask, *state, feature_map.projection, feature_map.bias)
     properties = [None if t is None else (t.shape, t.dtype, t.device) for t in tensors]
     return (backend, feature_map.function, feature_map.epsilon, *properties)
-
-
-def _validate(query, key, value, feature_map, causal, mask, state):
-    if (key is None) != (value is None):
-        raise ValueError("key and value must be given together, or neither of them")
-    if key is None and (state is None or causal):
-        raise ValueError("without key and value, a state must be given and causal must be False")
-    for name, tensor in (("query", query), ("key", key), ("value", value)):
-        if tensor is None:
-            continue
-        if tensor.ndim != 4:
-            raise ValueError(f"{name} must have shape [batch, heads, length, size], got {tuple(tensor.shape)}")
-        if not tensor.is_floating_point():
-            raise ValueError(f"{name} must be floating point, got {tensor.dtype}")
-        if tensor.dtype != query.dtype or tensor.device != query.device:
-            raise ValueError(
-                f"{name} must be like query, {query.dtype} on {query.device}, got {tensor.dtype} on {tensor.device}"
-            )
-        if tensor.shape[:2] != query.shape[:2]:
-            raise ValueError(f"{name} must start with {tuple(query.shape[:2])}, got {tuple(tensor.shape)}")
-    if key is not None:
-        if key.shape[-1] != query.shape[-1]:
-            raise ValueError(f"key must have size {query.shape[-1]} like query, got {key.shape[-1]}")
-        if value.shape[2] != key.shape[2]:
-            raise ValueError(f"value must have length {key.shape[2]} like key, got {value.shape[2]}")
-        if causal and key.shape[2] != query.shape[2]:
-            raise ValueError(f"causal attention needs as many keys as queries, {query.shape[2]}, got {key.shape[2]}")
-    if mask is not None:
-        _validate_mask(mask, key)
-    _validate_feature_map(feature_map, query)
-    if state is not None:
-        _validate_state(state, query, feature_map, None if value is None else value.shape[-1])
-
-
-def _validate_mask(mask, key):
-    if key is None:
-        raise ValueError(f"mask must be None without key, got {tuple(mask.shape)}")
-    if mask.shape != (key.shape[0], key.shape[2]):
-        raise ValueError(f"mask must have shape {(key.shape[0], key.shape[2])}, got {tuple(mask.shape)}")
-    if mask.is_floating_point() or mask.is_complex():
-        raise ValueError(f"mask must be bool or integer, nonzero where a key counts, got {mask.dtype}")
-    if mask.device != key.device:
-        raise ValueError(f"mask must be on {key.device}, got {mask.device}")
-
-
-def _validate_state(state, query, feature_map, value_dim):
-    sizes = (*query.shape[:2], feature_map.num_features(query.shape[-1]))
-    value_dim = state.key_value.shape[-1] if value_dim is None else value_dim
-    dtype = torch.promote_types(query.dtype, torch.float32)
-    for name, expected in {"key_value": (*sizes, value_dim), "key_sum": sizes, "log_scale": sizes[:2]}.items():
-        tensor = getattr(state, name)
-        if tensor.shape != expected:
-            raise ValueError(f"state.{name} must have shape {expected}, got {tuple(tensor.shape)}")
-        if tensor.dtype != dtype or tensor.device != query.device:
-            raise ValueError(f"state.{name} must be {dtype} on {query.device}, got {tensor.dtype} on {tensor.device}")
-
-
-def _validate_feature_map(feature_map, query):
-    if feature_map.function != EXPONENTIAL and feature_map.function not in POINTWISE_FUNCTIONS:
-        names = sorted([EXPONENTIAL, *POINTWISE_FUNCTIONS])
-        raise ValueError(f"feature_map.function must be one of {names}, got {feature_map.function!r}")
-    projection, bias, size = feature_map.projection, feature_map.bias, query.shape[-1]
-    if projection is not None and (projection.ndim != 2 or projection.shape[1] != size):
-        raise ValueError(f"feature_map.projection must have shape [features, {size}], got {tuple(projection.shape)}")
-    if bias is not None and tuple(bias.shape) != (feature_map.num_features(size),):
-        raise ValueError(
-            f"feature_map.bias must have shape ({feature_map.num_features(size)},), got {tuple(bias.shape)}"
-        )
-    for name, tensor in (("projection", projection), ("bias", bias)):
-        if tensor is not None and (tensor.device != query.device or not tensor.is_floating_point()):
-            raise ValueError(
-                f"feature_map.{name} must be floating point on {query.device}, got {tensor.dtype} on {tensor.device}"
-            )
-    if feature_map.epsilon < 0:
-        raise ValueError(f"feature_map.epsilon must not be negative, got {feature_map.epsilon}")
