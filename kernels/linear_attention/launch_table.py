@@ -55,7 +55,7 @@ OUTPUTS = {
         (16, ANY): _tiles(4, 2, 64, 32, 64),
         (32, ANY): _tiles(4, 2, 32, 32, 32),
     },
-    "gfx942": {(16, ANY): _tiles(4, 1, 64, 32, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
+    "gfx942": {(16, ANY): _tiles(8, 1, 64, 32, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
     "interpreter": _INTERPRETER,
 }
 
