@@ -22,6 +22,7 @@ from .registry import ARCHITECTURES as _ARCHITECTURES  # noqa: E402
 
 if _TYPE_CHECKING:
     from .configuration.performer import PerformerConfig as PerformerConfig
+    from .configuration.x_transformer import XTransformerConfig as XTransformerConfig
     from .modeling.performer import PerformerForCausalLM as PerformerForCausalLM
     from .modeling.performer import PerformerForConditionalGeneration as PerformerForConditionalGeneration
     from .modeling.performer import PerformerForMaskedLM as PerformerForMaskedLM
@@ -29,6 +30,10 @@ if _TYPE_CHECKING:
     from .modeling.performer import PerformerForSequenceClassification as PerformerForSequenceClassification
     from .modeling.performer import PerformerForTokenClassification as PerformerForTokenClassification
     from .modeling.performer import PerformerModel as PerformerModel
+    from .modeling.x_transformer import XTransformerForCausalLM as XTransformerForCausalLM
+    from .modeling.x_transformer import XTransformerForConditionalGeneration as XTransformerForConditionalGeneration
+    from .modeling.x_transformer import XTransformerForMaskedLM as XTransformerForMaskedLM
+    from .modeling.x_transformer import XTransformerModel as XTransformerModel
 
 __version__ = "0.1.0"
 

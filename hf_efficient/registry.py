@@ -44,4 +44,13 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModelForSeq2SeqLM": "modeling.performer:PerformerForConditionalGeneration",
         },
     ),
+    "x_transformer": Architecture(
+        config="configuration.x_transformer:XTransformerConfig",
+        models={
+            "AutoModel": "modeling.x_transformer:XTransformerModel",
+            "AutoModelForCausalLM": "modeling.x_transformer:XTransformerForCausalLM",
+            "AutoModelForMaskedLM": "modeling.x_transformer:XTransformerForMaskedLM",
+            "AutoModelForSeq2SeqLM": "modeling.x_transformer:XTransformerForConditionalGeneration",
+        },
+    ),
 }

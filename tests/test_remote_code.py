@@ -25,7 +25,23 @@ TINY = {
         "bos_token_id": 1,
         "eos_token_id": 2,
         "decoder_start_token_id": 1,
-    }
+    },
+    "x_transformer": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_labels": 3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "decoder_start_token_id": 1,
+        # Something of every file.
+        "position_bias": "t5",
+        "shift_tokens": 1,
+        "value_gate": "sigmoid",
+        "norm_type": "scale_norm",
+    },
 }
 NOT_OURS = ("hf_efficient",)
 

@@ -170,7 +170,28 @@ SKIPS = (
         tests="test_can_capture_specific_layers_hidden_states",
         raised="does not propagate hidden states correctly",
         reason="an encoder–decoder has encoder_ and decoder_hidden_states; the test looks for hidden_states",
-        classes="PerformerEncoderDecoderTest",
+        classes="(Performer|XTransformer)EncoderDecoderTest",
+    ),
+    # --- XTransformer
+    Skip(
+        tests="test_model_rope_scaling_frequencies",
+        raised="no standardized RoPE module|`base_model_class`",
+        reason="looks for a rotary module with a buffer `inv_freq`; ours keeps its frequencies in float32, whatever "
+        "the model is cast to, in `table`",
+        classes="XTransformer.*",
+    ),
+    Skip(
+        tests="test_model_rope_scaling_from_config_1_dynamic",
+        raised="rope_type must be one of",
+        reason="dynamic scaling changes the angles of cached keys as the sequence grows, so it is refused",
+        classes="XTransformer(Decoder|ManyOptions|Encoder)Test",
+        fails=True,
+    ),
+    Skip(
+        tests="test_model_rope_(scaling_from_config_.*|with_partial_rotation)",
+        raised="`base_model_class`",
+        reason="about a base model with one stack",
+        classes="XTransformerEncoderDecoderTest",
     ),
 )
 

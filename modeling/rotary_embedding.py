@@ -1,0 +1,65 @@
+"""Rotary positions as a configuration describes them: a part of each head, rescaled for long inputs, or with decay."""
+
+import torch
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+
+from ..configuration.x_transformer import ROPE_TYPES
+from .fixed_tables import FixedTable
+from .rotary import apply_rotary
+
+
+Tables = tuple[torch.Tensor, torch.Tensor]
+
+
+class RotaryEmbedding(FixedTable):
+    """Angles for queries and keys (arXiv 2104.09864), and xPos' decay (arXiv 2212.10554).
+
+    Args:
+        config: reads `rope_parameters`, `rotary_positions`, `rotary_dim`, `xpos_scale_base`, and what transformers'
+            rope functions read.
+    """
+
+    def __init__(self, config):
+        self.__dict__["config"] = config  # `compute` needs it before nn.Module is set up
+        super().__init__()
+        self.scales_base = config.xpos_scale_base if config.rotary_positions == "xpos" else None
+        self.attention_scaling = self.parameters_of_kind()[1]
+
+    def parameters_of_kind(self) -> tuple[torch.Tensor, float]:
+        """Inverse frequencies `[rotary_dim / 2]` and the factor on cosines and sines."""
+        rope, dim = self.config.rope_parameters, self.config.rotary_dim
+        kind = rope["rope_type"]
+        if kind not in ROPE_TYPES:
+            raise ValueError(f"rope_type must be one of {', '.join(ROPE_TYPES)}, got {kind!r}")
+        with torch.device("cpu"):
+            if kind in ("default", "linear"):
+                exponents = torch.arange(0, dim, 2, dtype=torch.float32) / dim
+                return rope["rope_theta"] ** -exponents / rope.get("factor", 1.0), 1.0
+            return ROPE_INIT_FUNCTIONS[kind](self.config)
+
+    def compute(self) -> torch.Tensor:
+        return self.parameters_of_kind()[0].float()
+
+    def forward(self, position_ids: torch.Tensor) -> tuple[Tables, Tables]:
+        """Tables for queries and for keys at `position_ids` `[B or 1, N]`.
+
+        Each is cosines and signed sines as `apply_rotary` wants them, float32 `[B or 1, 1, N, rotary_dim]`.
+        """
+        angles = position_ids[:, None, :, None].float() * self.table
+        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        if self.scales_base is None:
+            return tables, tables
+        size = 2 * self.table.shape[0]
+        bases = (torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) + 0.4 * size) / (1.4 * size)
+        decay = bases ** (position_ids[:, None, :, None].float() / self.scales_base)
+        decay = torch.cat([decay, decay], dim=-1)
+        return tuple(table * decay for table in tables), tuple(table / decay for table in tables)
+
+
+def rotate(states: torch.Tensor, tables: Tables) -> torch.Tensor:
+    """Turn the first channels of `states` `[B, H, N, D]`, as many as the tables have."""
+    size = tables[0].shape[-1]
+    if size == states.shape[-1]:
+        return apply_rotary(states, tables)
+    return torch.cat([apply_rotary(states[..., :size], tables), states[..., size:]], dim=-1)

@@ -1,0 +1,486 @@
+"""XTransformer: a plain Transformer (arXiv 1706.03762) whose parts are chosen one by one by its configuration.
+
+What the default decoder computes, from here down:
+
+    x = embed_tokens(ids)                                                     XTransformerModel.forward
+    for each block:                                                           x_transformer_layer.py
+        x = x + self_attn(norm(x))    rotary positions, causal softmax        x_transformer_attention.py
+        x = x + mlp(norm(x))          down(gelu(up(x)))                       glu_feed_forward.py
+    logits = lm_head(norm(x))                                                 XTransformerForCausalLM.forward
+
+Every option replaces or surrounds one of these pieces and stands in a file of its own: x_transformer_embeddings.py,
+rotary_embedding.py, position_bias.py, norm_family.py, residual_rules.py, neighbour_shift.py, query_key_norms.py,
+attention_gates.py, softmax_attention.py. The options are those of x-transformers; docs/x_transformer.md has the table.
+The operation is `kernels/flash_attention`.
+
+Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) with a window w; memory linear in N,
+but for talking heads and residual attention, which hold all scores.
+"""
+
+import copy
+from typing import Unpack
+
+import torch
+from torch import nn
+from transformers import initialization as init
+from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
+from transformers.generation import GenerationMixin
+from transformers.loss.loss_utils import ForMaskedLMLoss
+from transformers.modeling_outputs import (
+    BaseModelOutput,
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+    MaskedLMOutput,
+    Seq2SeqLMOutput,
+    Seq2SeqModelOutput,
+)
+from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from ..configuration.x_transformer import XTransformerConfig
+from .checked_model import CheckedPreTrainedModel
+from .input_checks import check_attention_mask, check_inputs, check_positions
+from .norm_family import block_norm
+from .parallel_plans import entries_that_exist
+from .performer_inputs import count_positions
+from .position_bias import make_position_bias
+from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
+from .rotary_embedding import RotaryEmbedding
+from .shifted_labels import shift_labels_right
+from .softmax_attention import Visibility
+from .x_transformer_attention import XTransformerAttention
+from .x_transformer_embeddings import (
+    XTransformerEmbeddings,
+    insert_prefix,
+    make_token_embedding,
+    remove_prefix,
+)
+from .x_transformer_inputs import (
+    check_cache,
+    hide_at_random,
+    prefix_start,
+    real_tokens,
+    self_visibility,
+    with_memory,
+)
+from .x_transformer_layer import Carried, XTransformerLayer
+
+
+class XTransformerPreTrainedModel(CheckedPreTrainedModel):
+    """What every XTransformer class shares: flags for transformers, and the initial values of weights."""
+
+    config: XTransformerConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["XTransformerLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_sdpa = True  # the name under which transformers knows the fused form; "eager" is the written-out one
+    _can_compile_fullgraph = True
+    _can_record_outputs = {
+        "hidden_states": XTransformerLayer,
+        "attentions": OutputRecorder(XTransformerAttention, index=1, layer_name="self_attn"),
+        "cross_attentions": OutputRecorder(XTransformerAttention, index=1, layer_name="cross_attn"),
+    }
+
+    def init_parallel_plans(self) -> None:
+        super().init_parallel_plans()
+        self._tp_plan = entries_that_exist(self._tp_plan, self)
+        self._fsdp_plan = entries_that_exist(self._fsdp_plan, self)
+
+    @staticmethod
+    def create_masks_for_generate(attention_mask=None, **kwargs):
+        """The two-dimensional mask itself: no model here wants N×M masks, whatever cache it runs with."""
+        return attention_mask
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        if hasattr(module, "set_initial_values"):
+            module.set_initial_values()
+        if isinstance(module, XTransformerModel) and module.memory_tokens is not None:
+            init.normal_(module.memory_tokens, std=self.config.initializer_range)
+
+
+class XTransformerModel(XTransformerPreTrainedModel):
+    """The stack of blocks between the embeddings and the heads: an encoder, or a decoder if `config.is_decoder`."""
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        config.check_stack()
+        self.embed_tokens = make_token_embedding(config)
+        self.embeddings = XTransformerEmbeddings(config)
+        self.memory_tokens = None
+        if config.num_memory_tokens:
+            self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        self.rotary = RotaryEmbedding(config) if config.rotary_positions is not None else None
+        self.position_bias = make_position_bias(config)
+        self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
+        self.norm = block_norm(config) if config.final_norm else nn.Identity()
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
+        encoder_hidden_states: torch.Tensor | None = None,
+        encoder_attention_mask: torch.Tensor | None = None,
+        prefix_length: int | torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutputWithPastAndCrossAttentions:
+        """Hidden states for `[B, N]` token ids.
+
+        Args:
+            input_ids: `[B, N]`, int; or `inputs_embeds` `[B, N, embedding_size]`, exactly one of the two.
+            attention_mask: `[B, everything seen]`, 1 at real tokens and 0 at padding (on either side), or None.
+            position_ids: `[B or 1, N]`; counted from each row's first real token if not given.
+            past_key_values: a cache made with `DynamicCache(config=model.config)`; decoders only.
+            token_type_ids: `[B, N]`, if `config.type_vocab_size`.
+            encoder_hidden_states: `[B, K, cross_attention_hidden_size]`, if `config.add_cross_attention`.
+            encoder_attention_mask: `[B, K]`, as `attention_mask`.
+            prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
+                `config.prefix_lm`. They have to come in one call.
+            use_cache: return a cache (decoders only).
+
+        Raises:
+            ValueError: inputs of a wrong shape, ids or positions outside their tables, a cache of another model.
+        """
+        config = self.config
+        check_inputs(input_ids, inputs_embeds, self.embed_tokens)
+        check_cache(past_key_values, config)
+        if config.add_cross_attention and encoder_hidden_states is None:
+            raise ValueError("encoder_hidden_states must be given to a model with add_cross_attention=True, got None")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed_tokens(input_ids)
+        if use_cache and past_key_values is None and config.is_decoder:
+            past_key_values = self._new_cache()
+        cached = 0 if past_key_values is None else past_key_values.get_seq_length()
+        length = inputs_embeds.shape[1]
+        check_attention_mask(attention_mask, inputs_embeds, cached, all_softmax=False)
+        if position_ids is None:
+            position_ids = count_positions(attention_mask, cached, length, inputs_embeds.device)
+        check_positions(position_ids, config)
+
+        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        mask = real_tokens(attention_mask)
+        hidden_states, mask, position_ids, start = self._with_memory(
+            hidden_states, mask, position_ids, past_key_values
+        )
+        padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
+        if self.training and config.masked_key_probability and past_key_values is None:
+            mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
+        arguments = {
+            "visibility": self._visibility(mask, start, cached, hidden_states, past_key_values, prefix_length),
+            "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
+            "rotary": None if self.rotary is None else self.rotary(position_ids),
+            "position_bias": self.position_bias,
+            "past_key_values": past_key_values,
+            "padding": padding,
+        }
+        carried = Carried()
+        for layer_idx, block_idx in enumerate(config.execution_order):
+            hidden_states, *carried = self.layers[block_idx](
+                hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
+            )
+        if config.hidden_state_softcapping is not None:
+            cap = config.hidden_state_softcapping
+            hidden_states = cap * torch.tanh(hidden_states / cap)
+        hidden_states = self.norm(hidden_states)
+        if hidden_states.shape[1] != length:
+            hidden_states = remove_prefix(hidden_states, config.num_memory_tokens, start)
+        return BaseModelOutputWithPastAndCrossAttentions(
+            last_hidden_state=hidden_states, past_key_values=past_key_values
+        )
+
+    def _new_cache(self) -> Cache:
+        cache = DynamicCache(config=self.config)
+        if not self.config.add_cross_attention:
+            return cache
+        return EncoderDecoderCache(cache, DynamicCache(config=self.config))
+
+    def _with_memory(self, hidden_states, mask, position_ids, past_key_values):
+        """States, mask and positions with memory tokens, and where in each row those stand (None: in front).
+
+        Memory tokens come with the first call; after it, a cache holds them, and only the mask has to know.
+        """
+        memory = self.config.num_memory_tokens
+        if not memory:
+            return hidden_states, mask, position_ids, None
+        first_length, is_first = hidden_states.shape[1], True
+        if past_key_values is not None:
+            layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
+            is_first = layers[0].prefix_length == 0
+            for layer in layers if is_first else ():
+                layer.prefix_length, layer.first_length = memory, first_length
+            first_length = layers[0].first_length
+        start = prefix_start(mask, first_length)
+        mask = with_memory(mask, memory, start)
+        position_ids = position_ids + memory
+        if is_first:
+            hidden_states = insert_prefix(hidden_states, self.memory_tokens.to(hidden_states.dtype), start)
+            front = torch.arange(memory, device=position_ids.device)
+            rows = position_ids if start is None else position_ids.expand(start.shape[0], -1)
+            position_ids = insert_prefix(rows, front, start)
+        return hidden_states, mask, position_ids, start
+
+    def _visibility(self, mask, start, cached, hidden_states, past_key_values, prefix_length) -> Visibility:
+        config, (batch, length) = self.config, hidden_states.shape[:2]
+        prefix_lengths = None
+        if prefix_length is not None:
+            if not config.prefix_lm:
+                raise ValueError(f"prefix_length needs config.prefix_lm=True, got {prefix_length} for a model without")
+            ends = torch.as_tensor(prefix_length, device=hidden_states.device).expand(batch)
+            if isinstance(cached, int) and cached == 0:
+                if start is None:
+                    start = 0 if mask is None else prefix_start(mask, length)
+                prefix_lengths = ends + config.num_memory_tokens + start
+        visibility = self_visibility(config, mask, cached, length, prefix_lengths)
+        if past_key_values is not None and past_key_values.is_compileable:
+            # Slots of a preallocated cache behind the last token hold nothing yet.
+            seen = torch.as_tensor(cached + length, device=hidden_states.device).expand(batch)
+            visibility = visibility._replace(key_lengths=seen)
+        return visibility
+
+    def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
+        if encoder_hidden_states is None:
+            return None
+        mask, share = real_tokens(encoder_attention_mask), self.config.encoder_token_dropout
+        if self.training and share:
+            mask = hide_at_random(mask, encoder_hidden_states, share, keep_first=True)
+        return Visibility(causal=False, key_mask=mask)
+
+
+class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
+    """A decoder with a language modelling head. Makes its configuration causal."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: XTransformerConfig):
+        if not config.is_decoder:
+            config = copy.deepcopy(config)
+            config.is_decoder = True
+        super().__init__(config)
+        self.model = XTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CausalLMOutputWithCrossAttentions:
+        """Next-token logits `[B, N, vocab_size]`; arguments as in `XTransformerModel.forward`, and:
+
+        Args:
+            labels: `[B, N]`, the input ids themselves (the loss shifts them), -100 where nothing is to be learned.
+            logits_to_keep: the last so many positions, or a tensor of positions; 0 is all.
+        """
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return CausalLMOutputWithCrossAttentions(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+        )
+
+
+class XTransformerForMaskedLM(XTransformerPreTrainedModel):
+    """An encoder with a head that predicts masked tokens."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        if config.is_decoder:
+            raise ValueError("XTransformerForMaskedLM looks both ways, so config.is_decoder must be False, got True")
+        self.model = XTransformerModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> MaskedLMOutput:
+        """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+        return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class XTransformerEncoderDecoderModel(XTransformerPreTrainedModel):
+    """An encoder and a decoder that reads it through cross-attention, without a head."""
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        if not config.is_encoder_decoder:
+            raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
+        if config.share_embeddings:
+            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
+        self.encoder = XTransformerModel(config.encoder_config())
+        self.decoder = XTransformerModel(config.decoder_config())
+        self.post_init()
+
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
+        # Sharing the tables is a choice of its own: transformers ties nothing unless the head is tied as well.
+        tied = super().get_expanded_tied_weights_keys(all_submodels)
+        return tied | self._tied_weights_keys if self.config.share_embeddings else tied
+
+    def get_input_embeddings(self):
+        return self.encoder.embed_tokens
+
+    def set_input_embeddings(self, new_embeddings):
+        self.encoder.embed_tokens = new_embeddings
+        if self.config.share_embeddings:
+            self.decoder.embed_tokens = new_embeddings
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqModelOutput:
+        """The decoder's hidden states `[B, N, hidden_size]`; arguments as in `XTransformerModel.forward`, and:
+
+        Args:
+            encoder_outputs: what the encoder returned before, instead of its inputs.
+        """
+        if encoder_outputs is None:
+            encoder_outputs = self.encoder(
+                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
+            )
+        elif isinstance(encoder_outputs, tuple):
+            encoder_outputs = BaseModelOutput(*encoder_outputs)
+        outputs = self.decoder(
+            input_ids=decoder_input_ids,
+            attention_mask=decoder_attention_mask,
+            inputs_embeds=decoder_inputs_embeds,
+            past_key_values=past_key_values,
+            encoder_hidden_states=encoder_outputs[0],
+            encoder_attention_mask=attention_mask,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        return Seq2SeqModelOutput(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            decoder_hidden_states=outputs.hidden_states,
+            decoder_attentions=outputs.attentions,
+            cross_attentions=outputs.cross_attentions,
+            encoder_last_hidden_state=encoder_outputs[0],
+            encoder_hidden_states=encoder_outputs.hidden_states,
+            encoder_attentions=encoder_outputs.attentions,
+        )
+
+
+class XTransformerForConditionalGeneration(XTransformerPreTrainedModel, GenerationMixin):
+    """An encoder–decoder with a language modelling head."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        self.model = XTransformerEncoderDecoderModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        decoder_input_ids: torch.LongTensor | None = None,
+        decoder_attention_mask: torch.Tensor | None = None,
+        encoder_outputs: BaseModelOutput | tuple | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        decoder_inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> Seq2SeqLMOutput:
+        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `XTransformerEncoderDecoderModel.forward`, and:
+
+        Args:
+            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
+            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
+        """
+        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
+            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            decoder_input_ids=decoder_input_ids,
+            decoder_attention_mask=decoder_attention_mask,
+            encoder_outputs=encoder_outputs,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            decoder_inputs_embeds=decoder_inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
+        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
+        loss = None
+        if labels is not None:
+            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
+            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)
+        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
+        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
+
+    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
+        """The decoder's inputs for `labels` `[B, N]`: see `shift_labels_right`."""
+        return shift_labels_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)

@@ -1,0 +1,104 @@
+"""XTransformer's embeddings: tokens, types and absolute positions, and the memory tokens in front of them."""
+
+import torch
+from torch import nn
+from transformers import initialization as init
+
+from .norm_family import layer_norm, unit_length
+from .positions import SinusoidalPositionEmbedding
+
+
+class UnitEmbedding(nn.Embedding):
+    """An embedding whose rows are returned with norm 1 (arXiv 1910.05895). They start near zero, and so turn fast."""
+
+    INITIAL_STD = 1e-5
+
+    def set_initial_values(self) -> None:
+        init.normal_(self.weight, std=self.INITIAL_STD)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        return unit_length(super().forward(ids))
+
+
+class ScaledSinusoids(SinusoidalPositionEmbedding):
+    """Fixed sinusoids times one learned number."""
+
+    def __init__(self, size: int):
+        super().__init__(size, base=10000.0)
+        self.scale = nn.Parameter(torch.full((1,), size**-0.5))
+
+    def set_initial_values(self) -> None:
+        init.constant_(self.scale, self.hidden_size**-0.5)
+
+    def forward(self, position_ids: torch.Tensor) -> torch.Tensor:
+        return super().forward(position_ids).to(self.scale.dtype) * self.scale
+
+
+class XTransformerEmbeddings(nn.Module):
+    """Everything between token embeddings and the first block, except the token table itself."""
+
+    def __init__(self, config):
+        super().__init__()
+        size = config.embedding_size
+        self.positions = None
+        if config.absolute_positions == "learned":
+            table = UnitEmbedding if config.l2_normalize_embeddings else nn.Embedding
+            self.positions = table(config.max_position_embeddings, size)
+        elif config.absolute_positions == "scaled_sinusoidal":
+            self.positions = ScaledSinusoids(size)
+        self.token_types = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        self.norm = layer_norm(config, size) if config.embedding_norm else nn.Identity()
+        self.dropout = nn.Dropout(config.embedding_dropout)
+        self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
+
+    def forward(
+        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None
+    ) -> torch.Tensor:
+        """`[B, N, hidden_size]` of `inputs_embeds` `[B, N, embedding_size]` and `position_ids` `[B or 1, N]`."""
+        hidden_states = inputs_embeds
+        if self.positions is not None:
+            hidden_states = hidden_states + self.positions(position_ids).to(hidden_states.dtype)
+        if self.token_types is not None:
+            types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
+            hidden_states = hidden_states + self.token_types(types)
+        return self.projection(self.dropout(self.norm(hidden_states)))
+
+
+def make_token_embedding(config) -> nn.Embedding:
+    """The token table that `config` asks for."""
+    table = UnitEmbedding if config.l2_normalize_embeddings else nn.Embedding
+    return table(config.vocab_size, config.embedding_size, config.pad_token_id)
+
+
+def insert_prefix(tokens: torch.Tensor, prefix: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
+    """Put `prefix` `[m, ...]` into `tokens` `[B, N, ...]` before token `start[b]` of each row: `[B, m + N, ...]`.
+
+    A prefix of left-padded rows stands right before their first real token, so that no distance depends on padding.
+    `start` None puts it in front.
+    """
+    prefix = prefix.expand(tokens.shape[0], *prefix.shape)
+    together = torch.cat([prefix, tokens], dim=1)
+    if start is None:
+        return together
+    return together.gather(1, _as_index(_insertion_order(tokens, prefix, start), together))
+
+
+def remove_prefix(together: torch.Tensor, length: int, start: torch.Tensor | None) -> torch.Tensor:
+    """Undo `insert_prefix` of a prefix of `length`: `[B, N, ...]`."""
+    if start is None:
+        return together[:, length:]
+    index = torch.arange(together.shape[1] - length, device=together.device)[None]
+    index = torch.where(index < start[:, None], index, index + length)
+    return together.gather(1, _as_index(index, together))
+
+
+def _insertion_order(tokens, prefix, start):
+    """For each slot of the result, its place in prefix and tokens set one behind the other."""
+    length = prefix.shape[1]
+    slot = torch.arange(length + tokens.shape[1], device=tokens.device)[None]
+    start = start[:, None]
+    return torch.where(slot < start, slot + length, torch.where(slot < start + length, slot - start, slot))
+
+
+def _as_index(index, like):
+    return index.view(*index.shape, *[1] * (like.ndim - 2)).expand(-1, -1, *like.shape[2:])

@@ -1,0 +1,82 @@
+"""What an XTransformer's blocks need beside hidden states: positions, what each token sees, and memory tokens."""
+
+import torch
+
+from .softmax_attention import Visibility
+from .x_transformer_embeddings import insert_prefix
+
+
+def check_cache(past_key_values, config) -> None:
+    """A cache of the right layers, for a model that can use one.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if past_key_values is None:
+        return
+    if not config.is_decoder:
+        raise ValueError("past_key_values needs is_decoder=True, got an encoder, whose tokens all see each other")
+    cache = getattr(past_key_values, "self_attention_cache", past_key_values)
+    kind = config.layer_types[0]
+    if kind != "full_attention_with_prefix":
+        return
+    # By name: the cache may have been made by another copy of this code.
+    if any(layer._layer_type != kind for layer in cache.layers) or len(cache.layers) != config.num_hidden_layers:
+        raise ValueError(
+            "past_key_values must also keep memory tokens and shifted tokens: create it with "
+            "DynamicCache(config=model.config)"
+        )
+
+
+def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """`[B, everything seen]` bool, or None where there is no padding."""
+    if attention_mask is None:
+        return None
+    if attention_mask.ndim != 2:
+        raise ValueError(
+            f"attention_mask must have shape [batch, cached and new tokens], got {tuple(attention_mask.shape)}"
+        )
+    return attention_mask != 0
+
+
+def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor | None:
+    """Where memory tokens stand in each row `[B]`: behind the left padding of the first `first_length` tokens."""
+    if mask is None:
+        return None
+    # The first real token; a row that begins with nothing but padding has its prefix behind that.
+    first = torch.cat([mask[:, :first_length], mask.new_ones(mask.shape[0], 1)], dim=1)
+    return first.int().argmax(dim=1)
+
+
+def with_memory(mask: torch.Tensor | None, memory: int, start: torch.Tensor | None) -> torch.Tensor | None:
+    """`mask` with `memory` real tokens inserted at `start`."""
+    return None if mask is None else insert_prefix(mask, mask.new_ones(memory), start)
+
+
+def hide_at_random(mask: torch.Tensor | None, states: torch.Tensor, probability: float, keep_first: bool):
+    """`mask` `[B, N]` (None: all real) without a random share of the tokens of `states` `[B, N, C]`.
+
+    `keep_first` keeps the first real token of each row, so that no row of causal attention is empty.
+    """
+    kept = torch.rand(states.shape[:2], device=states.device) >= probability
+    mask = torch.ones_like(kept) if mask is None else mask
+    if keep_first:
+        kept = kept | (mask.int().cumsum(dim=1) == 1)
+    return mask & kept
+
+
+def self_visibility(config, mask, cached, length: int, prefix_lengths) -> Visibility:
+    """What tokens see of their own sequence.
+
+    Args:
+        mask: `[B, everything seen]` bool, memory tokens included, or None.
+        cached: number of tokens seen before, an int, or a tensor where a preallocated cache counts on the device.
+        length: number of new tokens.
+        prefix_lengths: `[B]`, from `forward`'s `prefix_length`, or None.
+    """
+    window = None
+    if config.sliding_window is not None:
+        window = (config.sliding_window - 1, 0 if config.is_decoder else config.sliding_window_ahead)
+        if prefix_lengths is not None:
+            window = (window[0], None)
+    return Visibility(config.is_decoder, window, mask, None, prefix_lengths)
