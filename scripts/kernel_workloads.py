@@ -37,7 +37,12 @@ def _attention_inputs(bits: int, size: int, device: str) -> list[Tensor]:
 
 def softmax_attention(table: str, bits: int, size: int, device: str) -> Callable[[], list[Tensor]]:
     leaves = _attention_inputs(bits, size, device)
-    return lambda: _results(flash_attention(*leaves, causal=True, backend="triton"), leaves)
+    options = {}
+    if "BIASED" in table or "DISTANCE" in table:
+        options["distance_bias"] = torch.zeros(leaves[0].shape[1], 257, device=device, requires_grad=True)
+    return lambda: _results(
+        flash_attention(*leaves, causal=True, backend="triton", **options), [*leaves, *options.values()]
+    )
 
 
 def kernel_attention(table: str, bits: int, size: int, device: str) -> Callable[[], list[Tensor]]:

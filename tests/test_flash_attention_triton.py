@@ -51,6 +51,11 @@ def test_lengths(combination, sizes, nan_poisoned):
     assert_equals_the_definition(call_of(combination, *sizes))
 
 
+def test_rows_of_memory_keys_are_shared_by_several_programs(nan_poisoned):
+    """64 rows each, in the interpreter."""
+    assert_equals_the_definition(call_of("memory", 70, 3))
+
+
 @pytest.mark.parametrize("key_heads", [2, 4])
 def test_key_heads(key_heads, nan_poisoned, monkeypatch):
     monkeypatch.setattr("flash_attention_cases.HEADS", 4)

@@ -126,7 +126,7 @@ BACKWARD_KEYS = {
 
 BACKWARD_KEYS_BIASED = {
     "sm_80": BACKWARD_KEYS["sm_80"],
-    "sm_90": BACKWARD_KEYS["sm_90"] | {(16, 128): _blocks(32, 64, 4, 2)},
+    "sm_90": BACKWARD_KEYS["sm_90"] | {(16, 128): _blocks(32, 64, 8, 2)},
     "gfx942": BACKWARD_KEYS["gfx942"],
     "interpreter": _interpreter_rows(),
 }
