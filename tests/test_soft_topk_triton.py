@@ -186,6 +186,22 @@ def test_sums_to_k_in_single_precision():
                 assert ((total - k).abs() <= 1e-5 * k).all(), (columns, eps, k, total)
 
 
+@every_method
+@short_and_long
+def test_operators_and_the_compiler(options, columns):
+    """The operators keep their promises on this backend too, and a compiled call is one graph."""
+    name = "soft_topk_exact" if options["method"] == "exact" else "soft_topk_descent"
+    logits, k, mask, weights = make_rows(2, columns)
+    setting = 0.3 if options["method"] == "exact" else [1.0, 0.5, 0.3]
+    arguments = [t.to(DEVICE) for t in (logits.requires_grad_(), k.requires_grad_(), mask)]
+    torch.library.opcheck(getattr(torch.ops.hf_efficient, name).default, (*arguments, setting, 5, "triton"))
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    logits, k = logits.detach(), k.detach()
+    found = gradients(compiled, logits, k, weights, mask=mask, num_selected=5, **options)
+    for actual, expected in zip(found, gradients(run, logits, k, weights, mask=mask, **options), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=0, atol=0)
+
+
 @pytest.mark.gpu
 def test_more_rows_than_a_grid_has_in_its_second_dimension():
     logits = torch.randn(70_000, 33, device=DEVICE, requires_grad=True)
