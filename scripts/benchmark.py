@@ -1,13 +1,13 @@
 """Speed, memory and error of our operations and models beside SDPA, GPT-2 and the peer libraries.
 
     make bench                                       everything (about eight minutes on two cores), then the targets
-    python scripts/benchmark.py --only causal        a part of it: causal, bidirectional, generate, decode, flash
+    python scripts/benchmark.py --only causal        a part of it: one of those in PARTS
     python scripts/benchmark.py --quick              tiny sizes, to see that it runs; writes nothing
     python scripts/benchmark.py --report             the targets from the rows on disk, without measuring
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
-All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/performer.csv,
-those of softmax attention (flash) to docs/benchmarks/flash_attention.csv, those of a GPU to docs/benchmarks/gpu.csv.
+All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/: performer.csv,
+flash_attention.csv, soft_topk.csv, and gpu.csv for those of a GPU.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -32,12 +32,21 @@ from benchmark_table import markdown_table
 from benchmark_targets import report
 
 
-PARTS = ("causal", "bidirectional", "generate", "decode", "flash")
-OUTPUT = ROOT / "docs/benchmarks/performer.csv"
-FLASH_OUTPUT = ROOT / "docs/benchmarks/flash_attention.csv"
-GPU_OUTPUT = ROOT / "docs/benchmarks/gpu.csv"
+# What can be measured, and the tests that have to be green for it.
+PARTS = {
+    "causal": ["linear_attention"],
+    "bidirectional": ["linear_attention"],
+    "generate": ["linear_attention", "performer"],
+    "decode": ["linear_attention", "performer"],
+    "flash": ["flash_attention"],
+    "topk": ["soft_topk"],
+}
+FOLDER = ROOT / "docs/benchmarks"
+OPERATION_FILES = ("flash_attention", "soft_topk")  # rows whose names begin so have a file of that name
+OTHER_FILE = "performer"
 GPU_LENGTHS = (2048, 4096, 8192, 16384)
 FLASH_LENGTHS = (2048, 4096, 8192)
+TOPK_LENGTHS = (32768, 262144, 1048576)
 KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
 # Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
@@ -52,7 +61,7 @@ def parse_arguments():
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 4096, 16384], help="of the decode rows")
     parser.add_argument("--repeats", type=int, default=5, help="calls per row, at least")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
-    parser.add_argument("--output", type=Path, help=f"CSV file; default: {OUTPUT.relative_to(ROOT)}")
+    parser.add_argument("--output", type=Path, help="one CSV file for all rows; default: those in docs/benchmarks")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and no peers: only shows that it runs")
     parser.add_argument("--report", action="store_true", help="no measurement, only the targets of the rows on disk")
     # What a run under another allocator is told; glibc reads its variables when a process starts.
@@ -92,7 +101,7 @@ def measure_gpu(arguments) -> None:
     device = torch.device("cuda")
     common = provenance("default", arguments.threads) | {"device": torch.cuda.get_device_name(device)}
     rows = list(complete(measure(device, arguments.lengths, arguments.repeats), common))
-    output = arguments.output or GPU_OUTPUT
+    output = arguments.output or FOLDER / "gpu.csv"
     write_rows(output, merged(read_rows(output) if output.exists() else [], rows))
     print(f"\n{len(rows)} rows in {output}")
 
@@ -102,6 +111,7 @@ def measure(arguments) -> list[Row]:
     from benchmark_flash_attention import measure as measure_softmax
     from benchmark_models import measure_decoding, measure_generation
     from benchmark_operations import measure as measure_operation
+    from benchmark_soft_topk import measure as measure_topk
 
     torch.set_num_threads(arguments.threads)
     common = provenance(arguments.setting, arguments.threads)
@@ -120,6 +130,9 @@ def measure(arguments) -> list[Row]:
         if "flash" in arguments.only:
             for length in arguments.lengths if quick else FLASH_LENGTHS:
                 collect(measure_softmax(length, arguments.repeats))
+        if "topk" in arguments.only:
+            for length in arguments.lengths if quick else TOPK_LENGTHS:
+                collect(measure_topk(length, arguments.repeats, peers=not quick))
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
@@ -159,16 +172,20 @@ def merged(old: list[Row], new: list[Row]) -> list[Row]:
     return list(({row.key: row for row in old} | {row.key: row for row in new}).values())
 
 
-def write_all(outputs: list[Path], rows: list[Row]) -> list[Row]:
-    """Put new rows among the old ones of one file, or of the two that divide them; returns all rows of the files."""
-    of_flash = [row for row in rows if row.name.startswith("flash_attention")]
-    parts = [rows] if len(outputs) == 1 else [[row for row in rows if row not in of_flash], of_flash]
+def output_of(row: Row) -> Path:
+    """The file that a row belongs to."""
+    return FOLDER / f"{next((name for name in OPERATION_FILES if row.name.startswith(name)), OTHER_FILE)}.csv"
+
+
+def write_all(output: Path | None, rows: list[Row]) -> list[Row]:
+    """Put new rows among the old ones, of `output` or else of the files they belong to; all rows of the files."""
     found = []
-    for output, part in zip(outputs, parts, strict=True):
-        together = merged(read_rows(output) if output.exists() else [], part)
-        if part:
-            write_rows(output, together)
-            print(f"\n{len(together)} rows in {output}")
+    for path in dict.fromkeys(output or output_of(row) for row in rows):
+        together = merged(
+            read_rows(path) if path.exists() else [], [r for r in rows if (output or output_of(r)) == path]
+        )
+        write_rows(path, together)
+        print(f"\n{len(together)} rows in {path}")
         found += together
     return found
 
@@ -181,13 +198,11 @@ def main():
     if arguments.setting:
         write_rows(arguments.output, measure(arguments))
         return
-    outputs = [arguments.output] if arguments.output else [OUTPUT, FLASH_OUTPUT]
     if arguments.report:
-        rows = [row for output in outputs if output.exists() for row in read_rows(output)]
+        files = [arguments.output or FOLDER / f"{name}.csv" for name in (OTHER_FILE, *OPERATION_FILES)]
+        rows = [row for file in dict.fromkeys(files) if file.exists() for row in read_rows(file)]
     else:
-        ops = ["linear_attention"] if set(arguments.only) != {"flash"} else []
-        ops += ["performer"] if {"generate", "decode"} & set(arguments.only) else []
-        ops += ["flash_attention"] if "flash" in arguments.only else []
+        ops = list(dict.fromkeys(op for part in arguments.only for op in PARTS[part]))
         benchmark_gate.require_green(ops, quick=arguments.quick)
         if arguments.quick:
             arguments.lengths, arguments.contexts = [64, 128], [16, 32]
@@ -201,8 +216,8 @@ def main():
         for setting in settings:
             rows += run_setting(setting, partial)
         partial.unlink()
-        if not arguments.quick or arguments.output:
-            rows = write_all(outputs, rows)
+        if arguments.output or not arguments.quick:
+            rows = write_all(arguments.output, rows)
     print("\n" + markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
 
 

@@ -22,6 +22,7 @@ QUICK_TESTS = {
         "tests/test_linear_attention_isolation.py::test_rows_without_any_key_are_zero",
     ],
     "performer": [],
+    "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }
 SOURCES = ("hf_efficient", "configuration", "modeling", "kernels", "tests")

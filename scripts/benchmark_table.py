@@ -1,7 +1,7 @@
 """Makes the tables of the docs and the README from the measured rows, so that no figure is typed.
 
-    python scripts/benchmark_table.py docs/benchmarks/performer.csv            prints the tables
-    python scripts/benchmark_table.py docs/benchmarks/performer.csv README.md  writes them between the markers in there
+    python scripts/benchmark_table.py docs/benchmarks/soft_topk.csv                 prints the tables
+    python scripts/benchmark_table.py ROWS.csv MORE.csv --document docs/benchmarks.md   writes them between the markers
 
 The markers are the lines `<!-- benchmarks: begin -->` and `<!-- benchmarks: end -->`.
 """
@@ -21,6 +21,11 @@ TITLES = {
     "linear_attention_bidirectional": "Bidirectional attention",
     "generate": "`generate`, greedy",
     "decode": "Decoding step by step",
+    "flash_attention_alibi": "Causal softmax attention with ALiBi",
+    "flash_attention_t5": "Causal softmax attention with T5's bias",
+    "flash_attention_softcap": "Causal softmax attention with a soft clamp",
+    "flash_attention_window": "Softmax attention in a window of ±127",
+    "soft_topk": "Soft top-k",
 }
 
 
@@ -56,11 +61,14 @@ def tables(rows: list[Row]) -> str:
         parts.append(markdown_table(header, lines))
     parts.append("**Targets**")
     parts.append(markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
-    first = rows[0]
-    commits = ", ".join(dict.fromkeys(row.commit for row in rows))
+
+    def distinct(field):
+        return ", ".join(dict.fromkeys(getattr(row, field) for row in rows))
+
+    days = ", ".join(dict.fromkeys(row.date[:10] for row in rows))
     parts.append(
-        f"Measured {first.date[:10]} on {first.device}, torch {first.torch}, transformers {first.transformers}, "
-        f"commit {commits}, by `scripts/benchmark.py`; medians, spreads and errors are in the CSV file."
+        f"Measured {days} on {distinct('device')}, torch {distinct('torch')}, "
+        f"transformers {distinct('transformers')}, commit {distinct('commit')}, by `scripts/benchmark.py`; medians, spreads and errors are in the CSV files."
     )
     return "\n\n".join(parts)
 
@@ -80,11 +88,14 @@ def _short(length: int) -> str:
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("rows", type=Path, help="CSV file that scripts/benchmark.py wrote")
-    parser.add_argument("document", type=Path, nargs="?", help="Markdown file with the two marker lines")
+    parser.add_argument("rows", type=Path, nargs="+", help="CSV files that scripts/benchmark.py wrote")
+    parser.add_argument("--document", type=Path, help="Markdown file with the two marker lines")
     arguments = parser.parse_args()
-    with arguments.rows.open(newline="") as file:
-        text = tables([Row.from_text(texts) for texts in csv.DictReader(file)])
+    rows = []
+    for path in arguments.rows:
+        with path.open(newline="") as file:
+            rows += [Row.from_text(texts) for texts in csv.DictReader(file)]
+    text = tables(rows)
     if arguments.document is None:
         print(text)
         return

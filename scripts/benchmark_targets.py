@@ -135,7 +135,23 @@ def _softmax_targets():
     )
 
 
-TARGETS = [*_attention_targets(), *_decoding_targets(), *_softmax_targets()]
+def _routing_targets():
+    for length, name in ((32768, "32k"), (262144, "262k"), (1048576, "1M")):
+        for mode, bound in zip(BOTH, (2, 2.5), strict=True):
+            yield Target(
+                f"soft_topk {mode} of {name} logits: time over torch.topk's",
+                lambda rows, mode=mode, n=length: rows.ratio("soft_topk", mode, n, "ours", "torch.topk"),
+                bound,
+                at_most=True,
+            )
+        yield Target(
+            f"soft_topk forward+backward of {name} logits: times faster than 50 iterations of colt5-attention",
+            lambda rows, n=length: rows.ratio("soft_topk", "forward+backward", n, "colt5-attention-50", "ours"),
+            5,
+        )
+
+
+TARGETS = [*_attention_targets(), *_decoding_targets(), *_softmax_targets(), *_routing_targets()]
 
 
 def report(rows: list[Row]) -> list[tuple[str, str, str, str, str]]:

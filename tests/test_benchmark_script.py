@@ -29,7 +29,7 @@ def test_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     printed = run_python(
         "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "flash", "--output", output),
+        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "flash", "topk", "--output", output),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
@@ -188,13 +188,13 @@ def test_tables_come_from_the_rows(tmp_path):
     document = tmp_path / "README.md"
     document.write_text(f"before\n{table.BEGIN}\nold\n{table.END}\nafter\n")
     for _ in range(2):
-        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", document)
+        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", "--document", document)
     text = document.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
     assert "91 (12)" in text and "123 (8)" in text and "1.35" in text and text.count("Causal attention") == 1
     document.write_text("no markers\n")
     with pytest.raises(AssertionError, match="needs the lines"):
-        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", document)
+        run_python("scripts/benchmark_table.py", tmp_path / "rows.csv", "--document", document)
     assert document.read_text() == "no markers\n"
 
 
