@@ -66,9 +66,10 @@ def tables(rows: list[Row]) -> str:
         return ", ".join(dict.fromkeys(getattr(row, field) for row in rows))
 
     days = ", ".join(dict.fromkeys(row.date[:10] for row in rows))
+    versions = f"torch {distinct('torch')}, transformers {distinct('transformers')}, commit {distinct('commit')}"
     parts.append(
-        f"Measured {days} on {distinct('device')}, torch {distinct('torch')}, "
-        f"transformers {distinct('transformers')}, commit {distinct('commit')}, by `scripts/benchmark.py`; medians, spreads and errors are in the CSV files."
+        f"Measured {days} on {distinct('device')}, {versions}, by `scripts/benchmark.py`; medians, spreads and errors "
+        "are in the CSV files."
     )
     return "\n\n".join(parts)
 
