@@ -99,8 +99,10 @@ def _from_cubin(asm) -> tuple[int, int, int, str]:
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     ptx = asm["ptx"]
     instruction = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
-    # ptxas counts what it spills as stack; our kernels have no other use for one.
-    return usage["REG"], usage["STACK"] + usage["LOCAL"], usage["SHARED"], instruction
+    # ptxas counts what it spills as stack, beside what the code itself declares there, in units of 8 bytes.
+    declared = sum(int(size) for size in re.findall(r"__local_depot\d+\[(\d+)\];", ptx))
+    spilled = max(usage["STACK"] - -(-declared // 8) * 8, 0) + usage["LOCAL"]
+    return usage["REG"], spilled, usage["SHARED"], instruction
 
 
 def _from_amdgcn(asm) -> tuple[int, int, int, str]:
