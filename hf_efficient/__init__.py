@@ -21,8 +21,17 @@ from .registry import ARCHITECTURES as _ARCHITECTURES  # noqa: E402
 
 
 if _TYPE_CHECKING:
+    from .configuration.perceiver_flash import PerceiverFlashConfig as PerceiverFlashConfig
     from .configuration.performer import PerformerConfig as PerformerConfig
     from .configuration.x_transformer import XTransformerConfig as XTransformerConfig
+    from .modeling.perceiver_flash import PerceiverFlashForCausalLM as PerceiverFlashForCausalLM
+    from .modeling.perceiver_flash import PerceiverFlashForImageClassification as PerceiverFlashForImageClassification
+    from .modeling.perceiver_flash import PerceiverFlashForMaskedLM as PerceiverFlashForMaskedLM
+    from .modeling.perceiver_flash import (
+        PerceiverFlashForSequenceClassification as PerceiverFlashForSequenceClassification,
+    )
+    from .modeling.perceiver_flash import PerceiverFlashIOModel as PerceiverFlashIOModel
+    from .modeling.perceiver_flash import PerceiverFlashModel as PerceiverFlashModel
     from .modeling.performer import PerformerForCausalLM as PerformerForCausalLM
     from .modeling.performer import PerformerForConditionalGeneration as PerformerForConditionalGeneration
     from .modeling.performer import PerformerForMaskedLM as PerformerForMaskedLM
@@ -41,7 +50,7 @@ __version__ = "0.1.0"
 _PUBLIC = {
     reference.rpartition(":")[2]: reference
     for architecture in _ARCHITECTURES.values()
-    for reference in (architecture.config, *architecture.models.values())
+    for reference in (architecture.config, *architecture.models.values(), *architecture.others)
 }
 __all__ = [*sorted(_PUBLIC), "__version__"]
 

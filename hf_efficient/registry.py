@@ -17,11 +17,13 @@ def resolve(reference: str) -> type:
 class Architecture:
     """One row: the configuration, and for each Auto class of transformers the model that it gives.
 
-    Several Auto classes may name one model; an Auto class that the architecture has nothing for is left out.
+    Several Auto classes may name one model; an Auto class that the architecture has nothing for is left out. `others`
+    are public models that no Auto class gives.
     """
 
     config: str
     models: dict[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     def config_class(self) -> type:
         return resolve(self.config)
@@ -52,5 +54,16 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModelForMaskedLM": "modeling.x_transformer:XTransformerForMaskedLM",
             "AutoModelForSeq2SeqLM": "modeling.x_transformer:XTransformerForConditionalGeneration",
         },
+    ),
+    "perceiver_flash": Architecture(
+        config="configuration.perceiver_flash:PerceiverFlashConfig",
+        models={
+            "AutoModel": "modeling.perceiver_flash:PerceiverFlashModel",
+            "AutoModelForCausalLM": "modeling.perceiver_flash:PerceiverFlashForCausalLM",
+            "AutoModelForMaskedLM": "modeling.perceiver_flash:PerceiverFlashForMaskedLM",
+            "AutoModelForSequenceClassification": "modeling.perceiver_flash:PerceiverFlashForSequenceClassification",
+            "AutoModelForImageClassification": "modeling.perceiver_flash:PerceiverFlashForImageClassification",
+        },
+        others=("modeling.perceiver_flash:PerceiverFlashIOModel",),
     ),
 }

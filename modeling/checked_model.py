@@ -1,6 +1,7 @@
 """The base class of every model here: bad weights and bad places to save to are refused at the door."""
 
 import os
+import re
 import tempfile
 
 from safetensors import SafetensorError
@@ -10,6 +11,13 @@ from transformers.modeling_utils import PreTrainedModel
 class CheckedPreTrainedModel(PreTrainedModel):
     """`PreTrainedModel` whose `from_pretrained` names a broken weight file's folder, and whose `save_pretrained`
     refuses a place that cannot be written to before it writes anything."""
+
+    def init_parallel_plans(self) -> None:
+        """A configuration's plans name all that its models may have; keep the entries for what this model has."""
+        super().init_parallel_plans()
+        modules = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
+        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
+        self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name in modules}
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):

@@ -41,7 +41,7 @@ def test_the_auto_classes_give_our_models(model_type):
 @architectures
 def test_every_model_class_is_in_the_table_and_public(model_type):
     architecture = ARCHITECTURES[model_type]
-    for reference in (architecture.config, *architecture.models.values()):
+    for reference in (architecture.config, *architecture.models.values(), *architecture.others):
         module, _, name = reference.partition(":")
         assert name in hf_efficient.__all__
         assert name in dir(hf_efficient)
@@ -53,7 +53,7 @@ def test_every_model_class_is_in_the_table_and_public(model_type):
         for name, value in vars(module).items()
         if isinstance(value, type) and issubclass(value, PreTrainedModel) and value.__module__ == module.__name__
     }
-    listed = {reference.partition(":")[2] for reference in architecture.models.values()}
+    listed = {reference.partition(":")[2] for reference in (*architecture.models.values(), *architecture.others)}
     # The body of an encoder–decoder has no Auto class of its own: AutoModel gives the single stack.
     inner = ("PreTrainedModel", "EncoderDecoderModel")
     assert {name for name in defined if not name.endswith(inner)} == listed
@@ -68,7 +68,7 @@ def test_type_checkers_see_exactly_the_public_names():
         if isinstance(statement, ast.ImportFrom)
         for alias in statement.names
     }
-    assert seen == {row for a in ARCHITECTURES.values() for row in (a.config, *a.models.values())}
+    assert seen == {row for a in ARCHITECTURES.values() for row in (a.config, *a.models.values(), *a.others)}
 
 
 def test_an_unknown_name_is_an_attribute_error():

@@ -42,6 +42,23 @@ TINY = {
         "value_gate": "sigmoid",
         "norm_type": "scale_norm",
     },
+    "perceiver_flash": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_latents": 6,
+        "num_self_attention_layers": 1,
+        "num_attention_heads": 2,
+        "num_cross_attention_heads": 2,
+        "num_query_attention_heads": 2,
+        "max_position_embeddings": 32,
+        "image_size": 8,
+        "num_channels": 1,
+        "num_frequency_bands": 3,
+        "num_labels": 3,
+        "pad_token_id": 0,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+    },
 }
 NOT_OURS = ("hf_efficient",)
 
@@ -59,9 +76,13 @@ def load(folder, auto_class):
 
 def outputs(model, auto_class):
     tokens = torch.arange(3, 27).reshape(2, 12)
-    more = {"decoder_input_ids": tokens[:, :5]} if auto_class == "AutoModelForSeq2SeqLM" else {}
+    inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
+    if auto_class == "AutoModelForSeq2SeqLM":
+        inputs["decoder_input_ids"] = tokens[:, :5]
+    if auto_class == "AutoModelForImageClassification":
+        inputs = {"pixel_values": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)}
     with torch.no_grad():
-        result = model(input_ids=tokens, attention_mask=torch.ones_like(tokens), **more)
+        result = model(**inputs)
     return {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
 
 def check(model, auto_class, expected):

@@ -35,9 +35,9 @@ ABSENT = """
 
 | mixin | what stands in its place |
 |---|---|
-| GenerationTesterMixin | `tests/test_generation.py`, `tests/test_generation_encoder_decoder.py` |
+| GenerationTesterMixin | `tests/test_generation*.py`, `tests/test_perceiver_flash_generation.py` |
 | PipelineTesterMixin (needs a list of models on the Hub) | `tests/test_pipelines.py` |
-| ExportTesterMixin | none |
+| ExportTesterMixin | `tests/test_perceiver_flash_training.py` for PerceiverFlash |
 """
 
 

@@ -36,6 +36,11 @@ def _open_to_our_models() -> None:
             # The very dict that the tests import under a name such as MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.
             names = getattr(transformers, auto_class)._model_mapping._model_mapping
             names[model_type] = model_class.__name__
+        if architecture.others:
+            # Models without a head, to the tests.
+            others = [reference.rpartition(":")[2] for reference in architecture.others]
+            names = transformers.AutoModel._model_mapping._model_mapping
+            names[model_type] = (names[model_type], *others)
     # Both mixins run on a short list of transformers' own model types unless told otherwise.
     test_tensor_parallel_mixin.TP_DISTRIBUTED_TEST_MODEL_TYPES = None
     test_fsdp_mixin.FSDP_DISTRIBUTED_TEST_MODEL_TYPES = None
@@ -55,6 +60,8 @@ class TextTester:
     # The mixins read these three by name.
     base_model_class: ClassVar[type | None] = None
     causal_lm_class: ClassVar[type | None] = None
+    # Fields that ConfigTester sets one after the other; None for its own choice.
+    common_properties: ClassVar[list[str] | None] = None
     is_training = True
 
     batch_size = 3
@@ -118,7 +125,10 @@ class CommonTests(ModelTesterMixin):
         self.model_tester = self.tester()
         self.all_model_classes = self.tester.model_classes
         self.config_tester = ConfigTester(
-            self, config_class=self.tester.config_class, **self.model_tester.config_values()
+            self,
+            config_class=self.tester.config_class,
+            common_properties=self.tester.common_properties,
+            **self.model_tester.config_values(),
         )
 
     def test_config(self):

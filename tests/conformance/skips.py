@@ -145,7 +145,7 @@ SKIPS = (
         tests="test_causal_lm_loss_honors_shift_labels",
         raised="No decoder-only language modeling head",
         reason="about causal language models",
-        classes=".*(Encoder|EncoderDecoder)Test",
+        classes=".*(Encoder|EncoderDecoder|Image)Test",
     ),
     # --- Performer
     Skip(
@@ -192,6 +192,39 @@ SKIPS = (
         raised="`base_model_class`",
         reason="about a base model with one stack",
         classes="XTransformerEncoderDecoderTest",
+    ),
+    # --- PerceiverFlash
+    Skip(
+        tests="test_model_rope_(scaling_from_config_.*|scaling_frequencies|with_partial_rotation)",
+        raised="RoPE|`base_model_class`",
+        reason="PerceiverFlash's rotary base is a number, `rotary_emb_base`: no `rope_parameters`, no scaling",
+        classes="PerceiverFlash.*",
+    ),
+    Skip(
+        tests="test_inputs_embeds",
+        raised="doesn't use `inputs_embeds`",
+        reason="images have no `inputs_embeds`",
+        classes="PerceiverFlashImageTest",
+    ),
+    Skip(
+        tests="test_(resize_embeddings_untied|resize_embeddings_untied_no_reinit_on_post_init"
+        "|resize_tokens_embeddings)",
+        raised="test_resize_embeddings is set to `False`",
+        reason="about token embeddings, which a model of images has not",
+        classes="PerceiverFlashImageTest",
+    ),
+    Skip(
+        tests="test_model_get_set_embeddings",
+        raised="is not an instance of",
+        reason="about token embeddings, which a model of images has not: it looks for an `nn.Embedding`",
+        classes="PerceiverFlashImageTest",
+        fails=True,
+    ),
+    Skip(
+        tests="test_enable_input_require_grads_with_gradient_checkpointing",
+        raised="No model with a differentiable loss",
+        reason="finds no model to try: it hooks the token embeddings",
+        classes="PerceiverFlashImageTest",
     ),
 )
 

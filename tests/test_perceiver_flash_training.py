@@ -1,0 +1,192 @@
+"""PerceiverFlash trains: no leak, checkpointing, compilation, export, resumption, inputs that do not fit."""
+
+import os
+
+import pytest
+import torch
+from helpers import run_python
+from perceiver_flash_models import FEATURES, IMAGES, SIZES, VOCABULARY
+from transformers import Trainer, TrainingArguments
+
+from hf_efficient import (
+    PerceiverFlashConfig,
+    PerceiverFlashForCausalLM,
+    PerceiverFlashForImageClassification,
+    PerceiverFlashForMaskedLM,
+    PerceiverFlashIOModel,
+)
+
+
+def make(model_class, **options):
+    torch.manual_seed(0)
+    return model_class(PerceiverFlashConfig(**options))
+
+
+def ids(rows=2, length=20):
+    return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+CASES = {
+    "masked": (PerceiverFlashForMaskedLM, SIZES, lambda: {"input_ids": ids(), "labels": ids()}),
+    "causal": (PerceiverFlashForCausalLM, SIZES, lambda: {"input_ids": ids(), "labels": ids(), "use_cache": False}),
+    "images": (
+        PerceiverFlashForImageClassification,
+        {**IMAGES, "pooling": "query"},
+        lambda: {"pixel_values": torch.ones(2, 2, 8, 12), "labels": torch.tensor([0, 1])},
+    ),
+}
+
+
+@pytest.mark.parametrize("changed", range(20))
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@torch.no_grad()
+def test_no_leak_of_the_future(implementation, changed):
+    """Another token changes no bit of a logit in front of it, and every one behind it that is a latent."""
+    model = make(PerceiverFlashForCausalLM, **SIZES).eval()
+    model.set_attn_implementation(implementation)
+    first = ids(rows=1)
+    second = first.clone()
+    second[:, changed] = (second[:, changed] + 1) % 50 + 3
+    before, after = (model(tokens).logits for tokens in (first, second))
+    start = 20 - before.shape[1]
+    differs = (before != after).any(dim=-1)[0]
+    assert differs.tolist() == [start + i >= changed for i in range(before.shape[1])]
+
+
+@torch.no_grad()
+def test_a_batch_equals_its_rows():
+    model = make(PerceiverFlashForCausalLM, **SIZES).double().eval()
+    batch = model(ids(rows=4)).logits
+    for row in range(4):
+        torch.testing.assert_close(model(ids(rows=4)[row : row + 1]).logits, batch[row : row + 1])
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", [{}, {"cross_attention_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_changes_no_gradient(case, options, reentrant):
+    model_class, sizes, inputs = CASES[case]
+    gradients = []
+    for checkpointed in (False, True):
+        model = make(model_class, **sizes, **options, attention_dropout=0.3, cross_attention_dropout=0.3).train()
+        if checkpointed:
+            model.gradient_checkpointing_enable({"use_reentrant": reentrant})
+        torch.manual_seed(3)
+        model(**inputs()).loss.backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, gradient in gradients[0].items():
+        assert gradient is not None and torch.equal(gradient, gradients[1][name]), name
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_compiles_as_one_graph(case):
+    model_class, sizes, inputs = CASES[case]
+    model = make(model_class, **sizes).eval()
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs()).logits, model(**inputs()).logits)
+    compiled(**inputs()).loss.backward()
+
+
+@pytest.mark.parametrize("case", CASES)
+@torch.no_grad()
+def test_exports(case):
+    model_class, sizes, inputs = CASES[case]
+    model = make(model_class, **sizes).eval()
+    inputs = {name: value for name, value in inputs().items() if name != "labels"}
+    program = torch.export.export(model, (), inputs, strict=False)
+    torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+def test_queries_and_masks_export_and_compile():
+    model = make(PerceiverFlashIOModel, **FEATURES).eval()
+    inputs = {
+        "inputs": torch.randn(2, 11, 6),
+        "attention_mask": (torch.arange(11) < torch.tensor([[11], [5]])).long(),
+        "queries": torch.randn(7, 10),
+    }
+    expected = model(**inputs).last_hidden_state
+    program = torch.export.export(model, (), inputs, strict=False)
+    torch.testing.assert_close(program.module()(**inputs).last_hidden_state, expected)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
+
+
+def train(folder, model, steps, **arguments):
+    """Train on a text that repeats itself; returns the losses."""
+    row = torch.arange(33) % 11 + 5
+    data = [{"input_ids": row, "labels": row}] * 64
+    settings = {
+        "max_steps": steps,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 5e-3,
+        "logging_steps": 1,
+        "save_steps": 4,
+        "report_to": [],
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+        "lr_scheduler_type": "constant",
+    }
+    trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=data)
+    trainer.train(**arguments)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+def test_resumed_training_equals_the_uninterrupted_one(tmp_path):
+    options = {**SIZES, "attention_dropout": 0.2}
+    whole, first, second = (make(PerceiverFlashForCausalLM, **options) for _ in range(3))
+    losses = train(tmp_path / "whole", whole, 12)
+    assert losses[-1] < 0.7 * losses[0]
+    train(tmp_path / "parts", first, 4)
+    train(tmp_path / "parts", second, 12, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_loss_is_that_of_the_latents_in_their_window():
+    """Of 20 tokens and 8 latents in steps of 4 the last 8 predict; padding and what precedes a window do not."""
+    model = make(PerceiverFlashForCausalLM, **SIZES).double().eval()
+    tokens = ids(rows=1)
+    output = model(tokens, labels=tokens)
+    assert output.logits.shape == (1, 8, VOCABULARY)
+    expected = torch.nn.functional.cross_entropy(output.logits[0, :-1].float(), tokens[0, -7:])
+    torch.testing.assert_close(output.loss.float(), expected)
+    # 17 tokens: the window begins at 12 and has 5 latents, whichever side is padded.
+    short = model(tokens[:, :17], labels=tokens[:, :17])
+    mask = torch.ones_like(tokens)
+    mask[:, :3] = 0
+    shifted = torch.cat([tokens[:, :3], tokens[:, :17]], dim=1)
+    padded = model(shifted, attention_mask=mask, labels=shifted.masked_fill(mask == 0, -100))
+    torch.testing.assert_close(padded.loss, short.loss)
+
+
+LONG = """
+import json, resource, sys, torch
+from hf_efficient import PerceiverFlashConfig, PerceiverFlashModel
+torch.manual_seed(0)
+config = PerceiverFlashConfig(
+    modality="features", input_size=64, hidden_size=64, num_latents=64, num_self_attention_layers=1,
+    cross_attention_chunk_size=16384,
+)
+model = PerceiverFlashModel(config)
+inputs = torch.randn(1, 1048576, 64, requires_grad=True)
+model(inputs=torch.randn(1, 40000, 64)).last_hidden_state.sum().backward()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model(inputs=inputs).last_hidden_state.sum().backward()
+assert inputs.grad.abs().max() > 0
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 2**20)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name != "posix", reason="reads the peak of resident memory")
+def test_a_million_inputs_train_within_two_gibibytes_above_the_input():
+    """Forward and backward of 1,048,576 inputs of width 64; the input's own gradient is among the two gibibytes."""
+    assert float(run_python("-c", LONG)) < 2.0
+
+
+@torch.no_grad()
+def test_a_context_of_65536_tokens():
+    options = {**SIZES, "position_embedding_type": "rotary", "cross_attention_chunk_size": 8192}
+    model = make(PerceiverFlashForCausalLM, **options).eval()
+    assert model(ids(rows=1, length=65536), use_cache=False).logits.shape == (1, 8, VOCABULARY)
