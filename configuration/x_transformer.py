@@ -157,6 +157,9 @@ class XTransformerConfig(SelfContainedConfig):
         encoder_overrides (`dict`, *optional*): fields in which the encoder of an encoder–decoder differs.
         share_embeddings (`bool`, defaults to `False`): encoder and decoder of an encoder–decoder share their token
             table.
+        classifier_pooling (`str`, defaults to `"mean"`): `"mean"`, `"first"` or `"last"` real token, for sequence
+            classification.
+        classifier_dropout (`float`, defaults to 0): dropout before a classification head.
         lm_head_bias (`bool`, defaults to `False`): bias of the language modelling head.
         logit_scale (`float`, defaults to 1): factor of its logits.
         kernel_backend (`str`, defaults to `"auto"`): `"auto"`, `"eager"` or `"triton"`, see `kernels/backend.py`.
@@ -273,6 +276,8 @@ class XTransformerConfig(SelfContainedConfig):
     encoder_token_dropout: float | int = 0.0
     encoder_overrides: dict[str, Any] | None = None
     share_embeddings: bool = False
+    classifier_pooling: Literal["mean", "first", "last"] = "mean"
+    classifier_dropout: float | int = 0.0
     lm_head_bias: bool = False
     logit_scale: float | int = 1.0
     kernel_backend: Literal["auto", "eager", "triton"] = "auto"
@@ -408,6 +413,7 @@ class XTransformerConfig(SelfContainedConfig):
         for name in (
             "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
             "feed_forward_output_dropout", "layerdrop", "masked_key_probability", "encoder_token_dropout",
+            "classifier_dropout",
         ):  # fmt: skip
             if not 0 <= getattr(self, name) < 1:
                 raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")

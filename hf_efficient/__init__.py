@@ -42,6 +42,8 @@ if _TYPE_CHECKING:
     from .modeling.x_transformer import XTransformerForCausalLM as XTransformerForCausalLM
     from .modeling.x_transformer import XTransformerForConditionalGeneration as XTransformerForConditionalGeneration
     from .modeling.x_transformer import XTransformerForMaskedLM as XTransformerForMaskedLM
+    from .modeling.x_transformer import XTransformerForSequenceClassification as XTransformerForSequenceClassification
+    from .modeling.x_transformer import XTransformerForTokenClassification as XTransformerForTokenClassification
     from .modeling.x_transformer import XTransformerModel as XTransformerModel
 
 __version__ = "0.1.0"

@@ -52,6 +52,8 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModel": "modeling.x_transformer:XTransformerModel",
             "AutoModelForCausalLM": "modeling.x_transformer:XTransformerForCausalLM",
             "AutoModelForMaskedLM": "modeling.x_transformer:XTransformerForMaskedLM",
+            "AutoModelForSequenceClassification": "modeling.x_transformer:XTransformerForSequenceClassification",
+            "AutoModelForTokenClassification": "modeling.x_transformer:XTransformerForTokenClassification",
             "AutoModelForSeq2SeqLM": "modeling.x_transformer:XTransformerForConditionalGeneration",
         },
     ),

@@ -33,6 +33,8 @@ from transformers.modeling_outputs import (
     MaskedLMOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
+    SequenceClassifierOutput,
+    TokenClassifierOutput,
 )
 from transformers.utils import TransformersKwargs, can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
@@ -44,6 +46,7 @@ from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
 from .parallel_plans import entries_that_exist
 from .performer_inputs import count_positions
+from .pooling import pool_hidden_states
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
@@ -349,6 +352,72 @@ class XTransformerForMaskedLM(XTransformerPreTrainedModel):
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
         return MaskedLMOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class XTransformerForSequenceClassification(XTransformerPreTrainedModel):
+    """One label (or number) for a sequence, read from a pooled hidden state (`config.classifier_pooling`)."""
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = XTransformerModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> SequenceClassifierOutput:
+        """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        mask = attention_mask
+        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            mask = input_ids != self.config.pad_token_id
+        pooled = pool_hidden_states(outputs.last_hidden_state, mask, self.config.classifier_pooling)
+        logits = self.score(self.dropout(pooled))
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return SequenceClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
+        )
+
+
+class XTransformerForTokenClassification(XTransformerPreTrainedModel):
+    """One label for each token."""
+
+    def __init__(self, config: XTransformerConfig):
+        super().__init__(config)
+        self.num_labels = config.num_labels
+        self.model = XTransformerModel(config)
+        self.dropout = nn.Dropout(config.classifier_dropout)
+        self.score = nn.Linear(config.hidden_size, config.num_labels)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids=None,
+        attention_mask=None,
+        inputs_embeds=None,
+        labels=None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> TokenClassifierOutput:
+        """Logits `[B, N, num_labels]`; `labels` `[B, N]`, -100 where there is none."""
+        kwargs["use_cache"] = False
+        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
+        logits = self.score(self.dropout(outputs.last_hidden_state))
+        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
+        return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 

@@ -18,6 +18,8 @@ from hf_efficient import (
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
     XTransformerForMaskedLM,
+    XTransformerForSequenceClassification,
+    XTransformerForTokenClassification,
     XTransformerModel,
 )
 
@@ -248,6 +250,26 @@ def test_layerdrop_leaves_branches_out():
     model = make(XTransformerModel, layerdrop=0.999, final_norm=False).train()
     ids = tokens(1, LENGTH)
     torch.testing.assert_close(model(ids).last_hidden_state, model.embed_tokens(ids))
+
+
+@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("side", ["left", "right"])
+@torch.no_grad()
+def test_pooling_ignores_padding(pooling, side):
+    model = make(XTransformerForSequenceClassification, classifier_pooling=pooling, num_labels=3).double().eval()
+    ids, padding = tokens(1, LENGTH), torch.zeros(1, 4, dtype=torch.long)
+    padded = torch.cat((padding, ids) if side == "left" else (ids, padding), dim=1)
+    alone = model(ids).logits
+    close(model(padded, attention_mask=(padded != 0).long()).logits, alone)
+
+
+def test_labels_of_the_classification_heads():
+    ids, labels = tokens(2, LENGTH), torch.tensor([0, 2])
+    output = make(XTransformerForSequenceClassification, num_labels=3)(ids, labels=labels)
+    torch.testing.assert_close(output.loss, torch.nn.functional.cross_entropy(output.logits, labels))
+    output = make(XTransformerForTokenClassification, num_labels=3)(ids, labels=ids % 3)
+    expected = torch.nn.functional.cross_entropy(output.logits.flatten(0, 1), (ids % 3).flatten())
+    torch.testing.assert_close(output.loss, expected)
 
 
 REFUSED = {

@@ -7,6 +7,8 @@ from hf_efficient import (
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
     XTransformerForMaskedLM,
+    XTransformerForSequenceClassification,
+    XTransformerForTokenClassification,
     XTransformerModel,
 )
 
@@ -54,7 +56,12 @@ class XTransformerManyOptionsTest(GenerativeTests, unittest.TestCase):
 
 class EncoderTester(TextTester):
     config_class = XTransformerConfig
-    model_classes = (XTransformerModel, XTransformerForMaskedLM)
+    model_classes = (
+        XTransformerModel,
+        XTransformerForMaskedLM,
+        XTransformerForSequenceClassification,
+        XTransformerForTokenClassification,
+    )
     base_model_class = XTransformerModel
 
 
