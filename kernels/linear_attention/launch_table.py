@@ -42,14 +42,22 @@ NORMALIZERS = {
 NORMALIZERS |= {"sm_90": NORMALIZERS["sm_80"], "gfx942": NORMALIZERS["sm_80"]}
 
 STATES = {
-    "sm_80": {(16, ANY): _tiles(4, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
+    "sm_80": {
+        (16, 128): _tiles(4, 2, 64, 64, 64),
+        (16, ANY): _tiles(4, 1, 64, 64, 64),
+        (32, ANY): _tiles(4, 2, 32, 32, 32),
+    },
     "sm_90": {(16, ANY): _tiles(4, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
     "gfx942": {(16, ANY): _tiles(4, 1, 64, 64, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
     "interpreter": _INTERPRETER,
 }
 
 OUTPUTS = {
-    "sm_80": {(16, ANY): _tiles(4, 2, 64, 32, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
+    "sm_80": {
+        (16, ANY): _tiles(4, 2, 64, 32, 64),
+        (32, 128): _tiles(4, 2, 32, 32, 32),
+        (32, ANY): _tiles(4, 1, 32, 32, 32),
+    },
     "sm_90": {
         (16, 64): _tiles(4, 2, 64, 64, 64),
         (16, ANY): _tiles(4, 2, 64, 32, 64),
@@ -69,7 +77,11 @@ ROW_PRODUCTS = {
 ROW_PRODUCTS |= {"sm_90": ROW_PRODUCTS["sm_80"], "gfx942": ROW_PRODUCTS["sm_80"]}
 
 STATE_GRADIENTS = {
-    "sm_80": {(16, ANY): _tiles(4, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
+    "sm_80": {
+        (16, 128): _tiles(4, 2, 64, 64, 64),
+        (16, ANY): _tiles(4, 1, 64, 64, 64),
+        (32, ANY): _tiles(4, 2, 32, 32, 32),
+    },
     "sm_90": {(16, ANY): _tiles(8, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
     "gfx942": {(16, ANY): _tiles(4, 1, 64, 64, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
     "interpreter": _INTERPRETER,
