@@ -303,9 +303,6 @@ class XTransformerConfig(SelfContainedConfig):
         if self.intermediate_size is None:
             self.intermediate_size = 4 * self.hidden_size
         self.value_head_dim = self.head_dim if self.value_head_dim is None else self.value_head_dim
-        self.embedding_size = self.hidden_size if self.embedding_size is None else self.embedding_size
-        if self.cross_attention_hidden_size is None:
-            self.cross_attention_hidden_size = self.hidden_size
         if self.dynamic_bias_hidden_size is None:
             self.dynamic_bias_hidden_size = max(1, self.hidden_size // 4)
         if self.mlp_output_bias is None:
@@ -350,6 +347,17 @@ class XTransformerConfig(SelfContainedConfig):
         else:
             kind = "sliding_attention"
         return [kind] * self.num_hidden_layers
+
+    @property
+    def token_size(self) -> int:
+        """Width of the token table: `embedding_size`, or `hidden_size`, also where that was changed afterwards."""
+        return self.hidden_size if self.embedding_size is None else self.embedding_size
+
+    @property
+    def encoder_state_size(self) -> int:
+        """Width of what cross-attention reads."""
+        size = self.cross_attention_hidden_size
+        return self.hidden_size if size is None else size
 
     @property
     def position_embedding_type(self) -> str:
@@ -449,8 +457,8 @@ class XTransformerConfig(SelfContainedConfig):
             if self.rotary_positions == "xpos" and kind not in ("default", "linear"):
                 self._refuse("rotary_positions", "rope_type 'default' or 'linear'", "others rescale scores themselves")
         if self.absolute_positions == "scaled_sinusoidal":
-            if self.embedding_size % 2:
-                raise ValueError(f"embedding_size must be even for sinusoidal positions, got {self.embedding_size}")
+            if self.token_size % 2:
+                raise ValueError(f"embedding_size must be even for sinusoidal positions, got {self.token_size}")
             if self.l2_normalize_embeddings:
                 self._refuse(
                     "l2_normalize_embeddings", "absolute_positions 'learned' or None", "sinusoids have no table"
@@ -542,10 +550,10 @@ class XTransformerConfig(SelfContainedConfig):
             if not self.is_encoder_decoder:
                 raise ValueError("encoder_overrides needs is_encoder_decoder=True, got False")
             size = self.encoder_overrides.get("hidden_size", self.hidden_size)
-            if size != self.cross_attention_hidden_size:
+            if size != self.encoder_state_size:
                 raise ValueError(
                     f"cross_attention_hidden_size must be the encoder's hidden_size ({size}), got "
-                    f"{self.cross_attention_hidden_size}"
+                    f"{self.encoder_state_size}"
                 )
         if self.share_embeddings and self.is_encoder_decoder:
             for name in ("vocab_size", "embedding_size"):
@@ -555,7 +563,7 @@ class XTransformerConfig(SelfContainedConfig):
                         f"share_embeddings=True needs one {name} ({getattr(self, name)}), got {other} in "
                         "encoder_overrides"
                     )
-        if self.tie_word_embeddings and self.embedding_size != self.hidden_size:
+        if self.tie_word_embeddings and self.token_size != self.hidden_size:
             self._refuse("tie_word_embeddings", f"embedding_size={self.hidden_size}", "the head reads hidden states")
 
 

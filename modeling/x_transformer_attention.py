@@ -39,7 +39,7 @@ class XTransformerAttention(nn.Module):
         self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
         heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
         size = config.hidden_size
-        source = config.cross_attention_hidden_size if is_cross_attention else size
+        source = config.encoder_state_size if is_cross_attention else size
         self.q_proj = nn.Linear(size, heads * self.head_dim, bias=config.attention_bias)
         self.k_proj = nn.Linear(source, key_value_heads * self.head_dim, bias=config.attention_bias)
         self.v_proj = nn.Linear(source, key_value_heads * self.value_head_dim, bias=config.attention_bias)

@@ -39,7 +39,7 @@ class XTransformerEmbeddings(nn.Module):
 
     def __init__(self, config):
         super().__init__()
-        size = config.embedding_size
+        size = config.token_size
         self.positions = None
         if config.absolute_positions == "learned":
             table = UnitEmbedding if config.l2_normalize_embeddings else nn.Embedding
@@ -67,7 +67,7 @@ class XTransformerEmbeddings(nn.Module):
 def make_token_embedding(config) -> nn.Embedding:
     """The token table that `config` asks for."""
     table = UnitEmbedding if config.l2_normalize_embeddings else nn.Embedding
-    return table(config.vocab_size, config.embedding_size, config.pad_token_id)
+    return table(config.vocab_size, config.token_size, config.pad_token_id)
 
 
 def insert_prefix(tokens: torch.Tensor, prefix: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:

@@ -42,7 +42,7 @@ class StackWeights:
         wrapper, config = self.wrapper, self.config
         transfer.move(f"{target}embed_tokens.weight", f"{source}token_emb.emb.weight")
         if config.absolute_positions == "learned":
-            scale = 1.0 if config.l2_normalize_embeddings else config.embedding_size**-0.5
+            scale = 1.0 if config.l2_normalize_embeddings else config.token_size**-0.5
             positions = f"{target}embeddings.positions.weight"
             transfer.move(positions, f"{source}pos_emb.emb.weight", lambda table: table * scale)
         elif config.absolute_positions == "scaled_sinusoidal":
@@ -52,7 +52,7 @@ class StackWeights:
             transfer.move(f"{target}embeddings.token_types.weight", f"{source}embeds.{name}_embed.weight")
         if config.embedding_norm:
             self._layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
-        if config.embedding_size != config.hidden_size:
+        if config.token_size != config.hidden_size:
             transfer.move_linear(f"{target}embeddings.projection", f"{source}project_emb")
         if config.num_memory_tokens:
             transfer.move(f"{target}memory_tokens", f"{source}memory_tokens")
