@@ -21,9 +21,17 @@ from .registry import ARCHITECTURES as _ARCHITECTURES  # noqa: E402
 
 
 if _TYPE_CHECKING:
+    from .configuration.colt5 import CoLT5Config as CoLT5Config
     from .configuration.perceiver_flash import PerceiverFlashConfig as PerceiverFlashConfig
     from .configuration.performer import PerformerConfig as PerformerConfig
     from .configuration.x_transformer import XTransformerConfig as XTransformerConfig
+    from .modeling.colt5 import CoLT5EncoderModel as CoLT5EncoderModel
+    from .modeling.colt5 import CoLT5ForCausalLM as CoLT5ForCausalLM
+    from .modeling.colt5 import CoLT5ForConditionalGeneration as CoLT5ForConditionalGeneration
+    from .modeling.colt5 import CoLT5ForImageClassification as CoLT5ForImageClassification
+    from .modeling.colt5 import CoLT5ForQuestionAnswering as CoLT5ForQuestionAnswering
+    from .modeling.colt5 import CoLT5ForSequenceClassification as CoLT5ForSequenceClassification
+    from .modeling.colt5 import CoLT5Model as CoLT5Model
     from .modeling.perceiver_flash import PerceiverFlashForCausalLM as PerceiverFlashForCausalLM
     from .modeling.perceiver_flash import PerceiverFlashForImageClassification as PerceiverFlashForImageClassification
     from .modeling.perceiver_flash import PerceiverFlashForMaskedLM as PerceiverFlashForMaskedLM

@@ -34,6 +34,18 @@ class Architecture:
 
 
 ARCHITECTURES: dict[str, Architecture] = {
+    "colt5": Architecture(
+        config="configuration.colt5:CoLT5Config",
+        models={
+            "AutoModel": "modeling.colt5:CoLT5Model",
+            "AutoModelForTextEncoding": "modeling.colt5:CoLT5EncoderModel",
+            "AutoModelForSeq2SeqLM": "modeling.colt5:CoLT5ForConditionalGeneration",
+            "AutoModelForCausalLM": "modeling.colt5:CoLT5ForCausalLM",
+            "AutoModelForSequenceClassification": "modeling.colt5:CoLT5ForSequenceClassification",
+            "AutoModelForQuestionAnswering": "modeling.colt5:CoLT5ForQuestionAnswering",
+            "AutoModelForImageClassification": "modeling.colt5:CoLT5ForImageClassification",
+        },
+    ),
     "performer": Architecture(
         config="configuration.performer:PerformerConfig",
         models={

@@ -10,6 +10,11 @@ from ..kernels.soft_topk import soft_topk
 from .token_router import DEFAULT_OPTIONS, RouterOptions, Routing, TokenRouter, tokens_for
 
 
+# Tokens that repeat themselves in like surroundings have logits that differ by rounding errors, which are others in a
+# cached step. A token has to be better than an earlier one by this, on logits of about unit variance.
+TIE_MARGIN = 1e-3
+
+
 @dataclass
 class RouterHistory:
     """What a causal router has to remember of the last `window - 1` tokens (H of them so far).
@@ -29,7 +34,7 @@ class RouterHistory:
     def last(self, count: int) -> "RouterHistory":
         """The last `count` tokens, copied, so that the rest is not kept alive."""
         start = max(self.mask.shape[1] - count, 0)
-        return self.map(lambda t: t[..., start:].contiguous())
+        return self.map(lambda t: t[..., start:].clone())
 
     def map(self, function) -> "RouterHistory":
         """`function` applied to every tensor."""
@@ -43,7 +48,7 @@ class CausalTokenRouter(TokenRouter):
     model is not causal and cannot be cached. Here a decision needs the W - 1 logits before the token and is final. For
     logits in random order k of W tokens are routed on average; a hard limit holds whatever the logits are: of each
     stretch of W tokens, counted from the first real one, no more than `ceil(score_ratio * k)` are routed, the first
-    ones. Ties go to the earlier token.
+    ones. Ties go to the earlier token, and a difference below `TIE_MARGIN` is one.
 
     It trains as the other router does: the weight of a routed token is its own entry in the soft top-k of these W
     logits, whose gradient pulls its logit up and those it competes with down where the heavy branch helps, and the
@@ -101,7 +106,7 @@ class CausalTokenRouter(TokenRouter):
         windows = torch.nn.functional.pad(logits, lacking).unfold(-1, self.window, 1)
         visible = torch.nn.functional.pad(real, lacking).unfold(-1, self.window, 1)[:, None]
         count = tokens_for(num_tokens, self.window)
-        larger = (windows[..., :-1] >= windows[..., -1:]) & visible[..., :-1]
+        larger = (windows[..., :-1] > windows[..., -1:] - TIE_MARGIN) & visible[..., :-1]
         eligible = (larger.sum(dim=-1) < count) & mask[:, None]
 
         all_eligible = eligible if past is None else torch.cat([past.eligible, eligible], dim=-1)

@@ -44,7 +44,7 @@ class CausalHeavyAttention(HeavyAttention):
             before = None if past is None else past.history(name)
             routings[name], histories[name] = router(hidden_states, number, mask, before)
             if past is not None:
-                past.remember(name, histories[name], router.window - 1)
+                past.remember(name, histories[name], max(router.window - 1, 1))
         queries, keys = routings["queries"], routings["keys"]
         # Counted over real tokens, so that padding on the left turns nothing.
         position = (histories["keys"].seen[:, None, -length:] - 1).clamp(min=0)

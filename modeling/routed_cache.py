@@ -137,8 +137,8 @@ class RoutedStateLayer(CacheLayerMixin):
         if self.window_keys is not None:
             start = max(self.window_keys.shape[2] - self.radius, 0)
             # A copy, so that a long prompt's keys are not kept alive by a view of the last ones.
-            self.window_keys = self.window_keys[:, :, start:].contiguous()
-            self.window_values = self.window_values[:, :, start:].contiguous()
+            self.window_keys = self.window_keys[:, :, start:].clone()
+            self.window_values = self.window_values[:, :, start:].clone()
 
     def reset(self) -> None:
         self._clear()

@@ -161,11 +161,13 @@ class TokenRouter(nn.Module):
             if self.options.normalization == "cosine":
                 tokens = nn.functional.normalize(tokens, dim=-1)
                 vectors = nn.functional.normalize(vectors, dim=-1) * COSINE_SCALE
-            logits = (tokens @ vectors.T).transpose(1, 2)
+            # Not a matrix product: equal tokens must get equal logits to the bit, whatever stands beside them, since
+            # ties go by position. In the first layer every repeated token is a tie.
+            logits = torch.stack([(tokens * vector).sum(dim=-1) for vector in vectors], dim=1)
             if self.options.normalization != "rms":
                 return logits
             # The norms of the tokens, without a normalised copy of them.
-            mean_squares = torch.linalg.vecdot(tokens, tokens)[:, None] / self.hidden_size
+            mean_squares = tokens.square().mean(dim=-1)[:, None]
             return logits * torch.rsqrt(mean_squares + EPSILON)
 
     def _static_logits(self, hidden_states: Tensor, counts: int | Tensor, mask: Tensor | None) -> Tensor:

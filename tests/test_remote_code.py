@@ -59,6 +59,21 @@ TINY = {
         "bos_token_id": 1,
         "eos_token_id": 2,
     },
+    "colt5": {
+        "vocab_size": 32,
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "head_dim": 8,
+        "intermediate_size": 24,
+        "routing_window": 4,
+        "image_size": 8,
+        "num_channels": 1,
+        "patch_size": 2,
+        "image_window_size": 2,
+        "num_labels": 3,
+        "eos_token_id": 2,
+    },
 }
 NOT_OURS = ("hf_efficient",)
 
@@ -77,7 +92,7 @@ def load(folder, auto_class):
 def outputs(model, auto_class):
     tokens = torch.arange(3, 27).reshape(2, 12)
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
-    if auto_class == "AutoModelForSeq2SeqLM":
+    if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :5]
     if auto_class == "AutoModelForImageClassification":
         inputs = {"pixel_values": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)}

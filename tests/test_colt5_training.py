@@ -1,0 +1,76 @@
+"""Trainer trains a CoLT5, resumes it to the bit, and compiles it."""
+
+import pytest
+import torch
+from colt5_models import SIZES, VOCABULARY
+from transformers import Trainer, TrainingArguments
+
+from hf_efficient import CoLT5Config, CoLT5ForCausalLM, CoLT5ForConditionalGeneration
+
+
+CLASSES = pytest.mark.parametrize(
+    "model_class", [CoLT5ForConditionalGeneration, CoLT5ForCausalLM], ids=["conditional", "causal"]
+)
+
+
+def make(model_class):
+    torch.manual_seed(0)
+    return model_class(CoLT5Config(**{**SIZES, "dropout_rate": 0.1}))
+
+
+def train(folder, model, resume=None, **arguments):
+    """Train on a text that repeats itself; returns the losses."""
+    row = torch.arange(40) % 11 + 5
+    labels = row if isinstance(model, CoLT5ForCausalLM) else row[:9]
+    settings = {
+        "max_steps": 12,
+        "per_device_train_batch_size": 4,
+        "learning_rate": 1e-2,
+        "logging_steps": 1,
+        "report_to": [],
+        "save_strategy": "no",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        "seed": 3,
+    }
+    data = [{"input_ids": row, "labels": labels}] * 48
+    trainer = Trainer(model, TrainingArguments(str(folder), **settings | arguments), train_dataset=data)
+    trainer.train(resume_from_checkpoint=resume)
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
+@CLASSES
+@pytest.mark.parametrize("bf16", [False, True])
+def test_loss_falls(tmp_path, model_class, bf16):
+    losses = train(tmp_path, make(model_class), bf16=bf16)
+    assert losses[-1] < 0.7 * losses[0]
+
+
+@CLASSES
+def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(tmp_path, model_class):
+    whole, first, second = (make(model_class) for _ in range(3))
+    train(tmp_path / "whole", whole, max_steps=6)
+    train(tmp_path / "parts", first, max_steps=6, save_strategy="steps", save_steps=3)
+    train(tmp_path / "again", second, str(tmp_path / "parts/checkpoint-3"), max_steps=6)
+    for name, tensor in whole.state_dict().items():
+        assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+@CLASSES
+def test_checkpointing_changes_no_weight(tmp_path, model_class):
+    plain, checkpointed = make(model_class), make(model_class)
+    train(tmp_path, plain, max_steps=3)
+    train(tmp_path, checkpointed, max_steps=3, gradient_checkpointing=True)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, checkpointed.state_dict()[name]), name
+
+
+@CLASSES
+def test_a_whole_step_is_one_graph(model_class):
+    """`torch.compile(fullgraph=True)`, without the time it takes to generate code."""
+    model = make(model_class).eval()
+    tokens = torch.randint(3, VOCABULARY, (2, 20))
+    expected = model(tokens, labels=tokens)
+    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")(tokens, labels=tokens)
+    torch.testing.assert_close(compiled.loss, expected.loss)
+    torch.testing.assert_close(compiled.logits, expected.logits)
