@@ -159,8 +159,8 @@ class RecurrentStateLayer(CacheLayerMixin):
         if self.window_keys is not None:
             start = max(self.window_keys.shape[2] - self.window_reach, 0)
             # A copy, so that a long prompt's keys are not kept alive by a view of the last ones.
-            self.window_keys = self.window_keys[:, :, start:].contiguous()
-            self.window_values = self.window_values[:, :, start:].contiguous()
+            self.window_keys = self.window_keys[:, :, start:].clone()
+            self.window_values = self.window_values[:, :, start:].clone()
 
     def reset(self) -> None:
         self._clear()
