@@ -11,7 +11,6 @@ Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(
 """
 
 import copy
-import re
 from typing import Unpack
 
 import torch
@@ -66,13 +65,6 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
         "attentions": OutputRecorder(PerformerSoftmaxAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(PerformerSoftmaxAttention, index=1, layer_name="cross_attn"),
     }
-
-    def init_parallel_plans(self) -> None:
-        """The configuration's plans name all that a Performer may have; keep the entries for what this model has."""
-        super().init_parallel_plans()
-        modules = {re.sub(r"\.\d+(?=\.|$)", ".*", name) for name, _ in self.named_modules()}
-        self._tp_plan = {name: style for name, style in self._tp_plan.items() if name in modules}
-        self._fsdp_plan = {name: style for name, style in self._fsdp_plan.items() if name in modules}
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -44,7 +44,6 @@ from ..configuration.x_transformer import XTransformerConfig
 from .checked_model import CheckedPreTrainedModel
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
-from .parallel_plans import entries_that_exist
 from .performer_inputs import count_positions
 from .pooling import pool_hidden_states
 from .position_bias import make_position_bias
@@ -85,11 +84,6 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
         "attentions": OutputRecorder(XTransformerAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(XTransformerAttention, index=1, layer_name="cross_attn"),
     }
-
-    def init_parallel_plans(self) -> None:
-        super().init_parallel_plans()
-        self._tp_plan = entries_that_exist(self._tp_plan, self)
-        self._fsdp_plan = entries_that_exist(self._fsdp_plan, self)
 
     @staticmethod
     def create_masks_for_generate(attention_mask=None, **kwargs):
