@@ -87,7 +87,9 @@ class Perceiver(nn.Module):
             cross = Mixer(latent_dim, cross_heads, cross_head_dim, size)
             shape = {"hidden": 4 * latent_dim, "gated": gated_mlp, "rounding": rounding}
             blocks = nn.ModuleList(
-                Block(latent_dim, Mixer(latent_dim, latent_heads, latent_head_dim, None, latent_rotary_emb_dim), **shape)
+                Block(
+                    latent_dim, Mixer(latent_dim, latent_heads, latent_head_dim, None, latent_rotary_emb_dim), **shape
+                )
                 for _ in range(self_per_cross_attn)
             )
             return nn.ModuleList([Block(latent_dim, cross, **shape), blocks])

@@ -1,8 +1,12 @@
 """State dicts of flash-perceiver load without loss; the original's forward is tests/flash_perceiver_definition.py."""
 
+import json
+
 import pytest
 import torch
 from flash_perceiver_definition import Perceiver, PerceiverIO
+from load_script import load_script
+from transformers import AutoModel
 
 from hf_efficient.conversion.flash_perceiver import convert_flash_perceiver
 from hf_efficient.conversion.weight_transfer import ConversionError
@@ -143,3 +147,17 @@ def test_tied_layers_that_differ_are_refused():
     model, arguments = original(Perceiver, depth=3)
     with pytest.raises(ConversionError, match="weight_tie_layers=True, but layers.2.0.mixer.Wq.weight differs"):
         convert_flash_perceiver(model, arguments | {"weight_tie_layers": True})
+
+
+@torch.no_grad()
+def test_from_the_command_line(tmp_path):
+    model, arguments = original(Perceiver, output_dim=3)
+    torch.save(model.state_dict(), tmp_path / "model.pt")
+    words = ["--input", str(tmp_path / "model.pt"), "--arguments", json.dumps(arguments)]
+    words += ["--source", "flash_perceiver", "--output_dir", str(tmp_path / "new")]
+    load_script("convert").main(words)
+    converted = AutoModel.from_pretrained(tmp_path / "new")
+    data, mask, _ = inputs(arguments)
+    assert (converted(inputs=data, attention_mask=mask).pooler_output - model(data, mask)).abs().max() <= 1e-5
+    with pytest.raises(ValueError, match="--arguments must hold the constructor's arguments"):
+        load_script("convert").main([*words[:2], *words[4:]])

@@ -1,8 +1,14 @@
 """transformers' Perceivers become PerceiverFlash models with the same results."""
 
+import numpy as np
 import pytest
 import torch
+from load_script import load_script
 from transformers import (
+    AutoImageProcessor,
+    AutoModelForImageClassification,
+    AutoModelForMaskedLM,
+    AutoTokenizer,
     PerceiverConfig,
     PerceiverForImageClassificationConvProcessing,
     PerceiverForImageClassificationFourier,
@@ -10,7 +16,9 @@ from transformers import (
     PerceiverForMaskedLM,
     PerceiverForOpticalFlow,
     PerceiverForSequenceClassification,
+    PerceiverImageProcessorPil,
     PerceiverModel,
+    PerceiverTokenizer,
 )
 
 from hf_efficient.conversion.transformers_perceiver import convert_transformers_perceiver
@@ -163,3 +171,30 @@ def test_the_full_language_perceiver():
     ids = torch.randint(262, (1, length))
     mask = (torch.arange(length) < length - 100).long()[None]
     assert_same_text(model, converted, ids, mask)
+
+
+@pytest.mark.parametrize("model_class", [PerceiverForMaskedLM, PerceiverForImageClassificationConvProcessing])
+@torch.no_grad()
+def test_from_the_command_line(model_class, tmp_path):
+    """A folder of the original with its tokenizer or image processor becomes one that the Auto classes load."""
+    model, reads_images = original(model_class, vocab_size=262), model_class is not PerceiverForMaskedLM
+    model.save_pretrained(tmp_path / "old")
+    processor = PerceiverImageProcessorPil(size={"height": 20, "width": 20}) if reads_images else PerceiverTokenizer()
+    processor.save_pretrained(tmp_path / "old")
+    words = ["--source", "transformers", "--input", str(tmp_path / "old"), "--output_dir", str(tmp_path / "new")]
+    report = load_script("convert").main(words)
+    assert any(f"copied ({type(processor).__name__})" in note for note in report.notes), report.notes
+    if reads_images:
+        converted = AutoModelForImageClassification.from_pretrained(tmp_path / "new")
+        reader = AutoImageProcessor.from_pretrained(tmp_path / "new")
+        inputs = reader(np.random.default_rng(0).integers(0, 256, (30, 24, 3), dtype=np.uint8), return_tensors="pt")
+        assert inputs["pixel_values"].shape == (1, 3, 20, 20)
+        difference = converted(**inputs).logits - model(**inputs).logits
+    else:
+        converted = AutoModelForMaskedLM.from_pretrained(tmp_path / "new")
+        inputs = AutoTokenizer.from_pretrained(tmp_path / "new")("some bytes", return_tensors="pt")
+        length = inputs["input_ids"].shape[1]
+        difference = converted(**inputs).logits - model(**inputs).logits[:, :length]
+    assert difference.abs().max() <= 1e-4
+    with pytest.raises(ValueError, match="--layer_types and --config_overrides are for Performers"):
+        load_script("convert").main([*words[:-1], str(tmp_path / "other"), "--layer_types", "full_attention"])

@@ -1,4 +1,4 @@
-"""flash-perceiver (0.2.0 and the repository) -> PerceiverFlash: its `Perceiver` and its `PerceiverIO`, from a state dict.
+"""flash-perceiver (0.2.0 and the repository) -> PerceiverFlash: `Perceiver` and `PerceiverIO`, from a state dict.
 
     arguments = {"class": "Perceiver", "input_dim": 64, "depth": 2, "output_dim": 10, "num_latents": 128}
     model, report = convert_flash_perceiver(state_dict, arguments)
