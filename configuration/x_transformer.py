@@ -402,7 +402,7 @@ class XTransformerConfig(XTransformerInputsConfig):
         changes = {**(self.encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
         if self.sublayer_order is not None:
             changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
-        return part_of(self, _DERIVED_FROM, **changes)
+        return part_of(self, DERIVED_FROM, **changes)
 
     def decoder_config(self) -> "XTransformerConfig":
         """The configuration of the decoder of an encoder–decoder."""
@@ -415,7 +415,7 @@ class XTransformerConfig(XTransformerInputsConfig):
             changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
         # What only tokens have.
         changes = {"absolute_positions": None, "embedding_size": None, "type_vocab_size": 0, **changes}
-        return part_of(self, _DERIVED_FROM, **changes)
+        return part_of(self, DERIVED_FROM, **changes)
 
     # Validation: the rules stand in x_transformer_rules.py.
 
@@ -449,7 +449,7 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + finer[::2][: heads - power]
 
 
-_DERIVED_FROM = {
+DERIVED_FROM = {
     "hidden_size": ("head_dim", "value_head_dim", "intermediate_size", "embedding_size", "dynamic_bias_hidden_size"),
     "num_attention_heads": ("head_dim", "value_head_dim", "num_key_value_heads", "alibi_slopes"),
     "head_dim": ("value_head_dim",),
