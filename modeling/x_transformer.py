@@ -235,9 +235,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
         memory = self.config.num_memory_tokens
         prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
         count, is_first, first_length = memory + prepended.shape[1], True, length
-        if count and past_key_values is not None:
+        if past_key_values is not None and self.config.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
-            is_first = layers[0].prefix_length == 0
+            is_first = layers[0].first_length == 0
             for layer in layers if is_first else ():
                 layer.prefix_length, layer.first_length = count, first_length
             count, first_length = layers[0].prefix_length, layers[0].first_length
@@ -311,6 +311,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
+        prepend_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -327,6 +329,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
             use_cache=use_cache,
             **kwargs,
         )

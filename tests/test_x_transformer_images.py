@@ -74,7 +74,7 @@ def test_registers_take_part_but_are_not_pooled():
     model = classifier("registers")
     assert model.model(pixels()).last_hidden_state.shape[1] == 6
     before = model(pixels()).logits
-    model.model.embed_tokens.registers.data += 1
+    model.model.embed_tokens.registers.data[:] = torch.randn(3, 32)
     assert (model(pixels()).logits != before).all()
 
 
@@ -231,7 +231,7 @@ REFUSED_MODELS = {
     "a decoder of images": ({"is_decoder": True}, "is_decoder must be False in the encoder of an image"),
     "positions of tokens": ({"absolute_positions": "learned"}, "absolute_positions='learned' needs image_positions"),
     "token types": ({"type_vocab_size": 2}, "type_vocab_size=2 needs tokens"),
-    "one stack": ({}, "needs is_encoder_decoder=True, got False"),
+    "one stack": ({}, "needs config.is_encoder_decoder=True, got False"),
     "a wider image": (
         {**WRITES, "image_encoder_overrides": {"hidden_size": 40}}, "must be cross_attention_hidden_size .32., got 40"
     ),

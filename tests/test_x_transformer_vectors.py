@@ -6,6 +6,7 @@ What they compute is compared with x-transformers in test_conversion_x_transform
 import pytest
 import torch
 from generation_models import NEW_TOKENS, left_padded, tokens
+from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache, Trainer, TrainingArguments
 from x_transformer_models import SIZES, T5, settled
 
@@ -172,7 +173,7 @@ def test_bad_inputs_are_refused():
         uneven.generate(vectors().float(), 1)
     with pytest.raises(ValueError, match="needs output_feature_size, got None"):
         XTransformerForContinuousPrediction(XTransformerConfig(**sizes, distribution_output="normal"))
-    with pytest.raises(ValueError, match="needs distribution_output=None"):
+    with pytest.raises(StrictDataclassError, match="needs distribution_output=None"):
         XTransformerConfig(**sizes, distribution_output="normal", feature_loss="l1")
 
 
