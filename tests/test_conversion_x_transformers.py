@@ -9,7 +9,12 @@ from helpers import ROOT, run_python
 from hf_efficient.conversion.weight_transfer import ConversionError
 from hf_efficient.conversion.x_transformers import convert_x_transformers
 from hf_efficient.conversion.x_transformers_options import LAYER_FLAGS, REQUIRED, WRAPPER_FLAGS
-from hf_efficient.modeling.x_transformer import XTransformerForCausalLM, XTransformerForMaskedLM, XTransformerModel
+from hf_efficient.modeling.x_transformer import (
+    XTransformerForCausalLM,
+    XTransformerForMaskedLM,
+    XTransformerForTokenClassification,
+    XTransformerModel,
+)
 
 
 x_transformers = pytest.importorskip("x_transformers")
@@ -52,6 +57,8 @@ LAYER_CASES = {
     "macaron": {"macaron": True},
     "token shift": {"shift_tokens": 1},
     "token shift over two": {"shift_tokens": 2},
+    "token shift of some branches": {"shift_tokens": (1, 0, 0, 2)},
+    "stochastic depth of its own for each branch": {"layer_dropout": (0.0, 0.1, 0.1, 0.2)},
     "sandwich coefficient": {"sandwich_coef": 1, "depth": 3},
     "par ratio": {"par_ratio": 3, "depth": 6},
     "custom layers": {"custom_layers": ("a", "f", "f", "a"), "depth": None},
@@ -114,6 +121,7 @@ LAYER_CASES = {
     "scaled glu": {"ff_glu": True, "ff_glu_mult_bias": True},
     "swiglu": {"ff_swish": True, "ff_glu": True},
     "relu squared": {"ff_relu_squared": True},
+    "an activation of torch's": {"ff_custom_activation": torch.nn.Tanh(), "ff_glu": True},
     "no bias": {"ff_no_bias": True},
     "glu without bias": {"ff_no_bias": True, "ff_glu": True, "ff_post_act_ln": True},
     "norm behind activation": {"ff_post_act_ln": True},
@@ -252,6 +260,55 @@ def test_a_state_dict_inside_the_autoregressive_wrapper():
     torch.testing.assert_close(model(ids()).logits, module(ids()), rtol=0, atol=TOLERANCE)
 
 
+OUTPUTS = {
+    "width": ({"logits_dim": 5}, torch.Tensor),
+    "several heads": ({"num_output_heads": 2, "logits_dim": 3}, tuple),
+    "squeezed": ({"logits_dim": 1, "squeeze_out_last_dim": True}, torch.Tensor),
+}
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+@pytest.mark.parametrize("kind", ["Decoder", "Encoder"])
+@torch.no_grad()
+def test_outputs_that_are_no_tokens(name, kind):
+    """One number of ours for each of theirs, heads one behind the other."""
+    wrapper, returned = OUTPUTS[name]
+    module, arguments = original(kind, wrapper, {})
+    model, _ = convert_x_transformers(module, arguments)
+    assert type(model) is XTransformerForTokenClassification
+    expected = module(ids())
+    assert isinstance(expected, returned)
+    expected = torch.cat(expected, dim=-1) if returned is tuple else expected
+    logits = model(ids()).logits
+    torch.testing.assert_close(logits.view(*expected.shape), expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("name", ["defaults", "macaron", "memory keys"])
+@torch.no_grad()
+def test_a_stack_that_only_reads_another_sequence(name):
+    module, arguments = original("CrossAttender", {}, {"cross_attn_dim_context": 24, **LAYER_CASES[name]})
+    model, _ = convert_x_transformers(module, arguments)
+    context, mask = torch.randn(2, 7, 24), torch.arange(7) < torch.tensor([[7], [4]])
+    expected = module(ids(), context=context, context_mask=mask)
+    actual = model(ids(), encoder_hidden_states=context, encoder_attention_mask=mask.long()).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+
+
+@pytest.mark.parametrize("kind", ["Decoder", "Encoder"])
+@torch.no_grad()
+def test_cross_attention_with_rotary_positions(kind):
+    layers = {"cross_attend": True, "rotary_pos_emb": True}
+    module, arguments = original(kind, {}, layers)
+    model, _ = convert_x_transformers(module, arguments)
+    context, places = torch.randn(2, 7, 32), torch.tensor([2, 3, 5, 7, 11, 13, 17])
+    expected = module(ids(), context=context, context_pos=places)
+    plain = module(ids(), context=context)
+    actual = model(ids(), encoder_hidden_states=context, encoder_position_ids=places[None]).logits
+    torch.testing.assert_close(actual, expected, rtol=0, atol=TOLERANCE)
+    torch.testing.assert_close(model(ids(), encoder_hidden_states=context).logits, plain, rtol=0, atol=TOLERANCE)
+    assert (expected - plain).abs().max() > 1e-3
+
+
 @torch.no_grad()
 def test_an_encoder_without_a_head():
     module, arguments = original("Encoder", {"return_only_embed": True}, {})
@@ -307,7 +364,20 @@ def test_weights_of_earlier_releases(version):
     torch.testing.assert_close(model(ids()).logits, module(ids()), rtol=0, atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_value_gates_had_a_bias():
+    """The present model with the bias that releases before 2.26 gave it."""
+    module, arguments = original("Decoder", {}, {"attn_gate_values": True})
+    for name, linear in module.named_modules():
+        if name.endswith("to_v_gate"):
+            linear.bias = torch.nn.Parameter(torch.randn(32))
+    model, _ = convert_x_transformers(module, arguments, version="2.25.0")
+    torch.testing.assert_close(model(ids()).logits, module(ids()), rtol=0, atol=TOLERANCE)
+
+
 REFUSED = {
+    "factor of the branches": ({}, {"scale_residual": 0.5}, "constant factor"),
+    "unknown activation": ({}, {"ff_custom_activation": torch.nn.Softplus()}, "Softplus"),
     "unknown flag": ({}, {"attn_wings": 2}, "attn_wings"),
     "research option": ({}, {"attn_sparse_topk": 3}, "attn_sparse_topk=3 has no counterpart"),
     "hyper-connections": ({}, {"num_residual_streams": 4}, "no paper"),
@@ -354,7 +424,8 @@ def test_every_flag_that_converts_is_in_a_case():
     used |= {name[4:] for case in ENCODER_DECODER.values() for name in case}
     open_flags = {flag.name for flag in (*LAYER_FLAGS, *WRAPPER_FLAGS)
                   if flag.where and not flag.refused and flag.default is not REQUIRED}  # fmt: skip
-    without = {"cross_attend", "cross_attn_tokens_dropout", "cross_attn_dim_context", "return_only_embed"}
+    without = {"cross_attend", "only_cross", "cross_attn_tokens_dropout", "cross_attn_dim_context"}
+    without |= {"return_only_embed", *(name for wrapper, _ in OUTPUTS.values() for name in wrapper)}
     assert open_flags - used - without == set()
 
 
