@@ -227,8 +227,8 @@ Each line is one change to the same decoder ({SIZES["num_hidden_layers"]} blocks
 {SIZES["num_attention_heads"]} heads, rotary positions, LayerNorm before each branch, GELU), trained from nothing on
 {int(first["tokens"]):,} bytes of the Python standard library's sources in {first["steps"]} steps of {BATCH} × {LENGTH}
 bytes, one epoch: Muon for matrices (from {MATRIX_LEARNING_RATE:g}), AdamW for the rest (from {LEARNING_RATE:g}),
-cosine schedule, the same for all. Scored are {EVALUATED_BLOCKS} blocks of held-out files. There are {seeds} seeds: each
-decides the initial weights and the order of the text, for all options.
+cosine schedule, the same for all. Scored are {EVALUATED_BLOCKS} blocks of held-out files. There are {seeds} seeds:
+each decides the initial weights and the order of the text, for all options.
 
 {chr(10).join(table(rows))}
 

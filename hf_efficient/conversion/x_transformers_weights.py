@@ -155,7 +155,7 @@ class StackWeights:
 
     def _attention(self, where: "_Branch", target: str, is_cross: bool, is_first: bool) -> None:
         config, move = self.config, self.transfer_weights.move
-        turns = self.is_rotary and self.era.interleaved_rotary and not is_cross
+        turns = self.is_rotary and self.era.interleaved_rotary  # in cross-attention only `encoder_position_ids` turn
         size, shared = config.head_dim, key_value_heads(self.flags)
 
         def turned(tensor: Tensor, dim: int) -> Tensor:
