@@ -43,12 +43,12 @@ from hf_efficient import XTransformerConfig, XTransformerForCausalLM
 
 
 BASELINE = "baseline"
-SIZES = {"hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4, "initializer_range": 0.05}
+SIZES = {"hidden_size": 96, "num_hidden_layers": 3, "num_attention_heads": 4, "initializer_range": 0.05}
 # What each option changes. The baseline: rotary positions, LayerNorm before each branch, GELU.
 OPTIONS: dict[str, dict[str, Any]] = {
     BASELINE: {},
     "RMSNorm": {"norm_type": "rms_norm"},
-    "SwiGLU": {"gated_feed_forward": True, "hidden_act": "silu", "intermediate_size": 341},  # as many weights
+    "SwiGLU": {"gated_feed_forward": True, "hidden_act": "silu", "intermediate_size": 256},  # as many weights
     "learned positions": {"rotary_positions": None, "absolute_positions": "learned"},
     "ALiBi": {"rotary_positions": None, "position_bias": "alibi"},
     "T5 bias": {"rotary_positions": None, "position_bias": "t5"},
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), metavar="OPTION")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=480)
+    parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--evaluated-blocks", type=int, default=EVALUATED_BLOCKS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--report", action="store_true", help="train nothing")
