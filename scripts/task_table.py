@@ -2,8 +2,6 @@
 
 from dataclasses import dataclass, field
 
-from task_captioning import Captioning
-from task_image_classification import ImageClassification
 from task_language_model import CausalLanguageModel, MaskedLanguageModel
 from training_task import TrainingTask
 from transformers import PreTrainedConfig
@@ -13,8 +11,6 @@ from transformers import PreTrainedConfig
 TASKS: dict[str, type[TrainingTask]] = {
     "causal": CausalLanguageModel,
     "masked": MaskedLanguageModel,
-    "image_classification": ImageClassification,
-    "captioning": Captioning,
 }
 
 
