@@ -25,20 +25,22 @@ from transformers import (
 )
 
 
-Objective = Literal["causal", "masked"]
+Objective = Literal["causal", "masked", "span_corruption"]
 
 # Python tokenisers build one object per token: pieces keep a document of any size from exhausting memory.
 PIECE_CHARACTERS = 1 << 18
 IGNORED_LABEL = -100
-EVALUATION_MASK_SEED = 0
+EVALUATION_SEED = 0
 
 
 class EvaluationBlocks(NamedTuple):
-    """Held-out blocks with labels, how many labels are scored, and the UTF-8 bytes of the text they score."""
+    """Held-out blocks with labels, how many labels are scored, the UTF-8 bytes of the text, and, of span corruption,
+    how many tokens of it are hidden."""
 
     blocks: Dataset
     scored_tokens: int
     text_bytes: int
+    hidden_tokens: int | None = None
 
 
 def load_tokenizer(name: str | None, *, objective: Objective, trust_remote_code: bool = False, **kwargs):
@@ -207,7 +209,7 @@ def limit_documents(
 
 def mask_once(windows: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, mlm_probability: float):
     """Masks held-out blocks from a fixed seed, so that every evaluation asks the same questions."""
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_MASK_SEED)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_SEED)
     special = np.isin(windows, tokenizer.all_special_ids) | ~scored
     batch = collator(
         [
