@@ -31,10 +31,10 @@ from hf_efficient import CoLT5Config, CoLT5EncoderModel
 ROUTINGS = ("learned", "static")
 ROUTED = 32
 # (tokens of a sequence, steps)
-STAGES = ((32, 400), (64, 100), (128, 80), (256, 60), (512, 60), (1024, 60), (2048, 40), (4096, 60))
+STAGES = ((32, 400), (64, 100), (128, 60), (256, 40), (512, 40), (1024, 30), (2048, 24), (4096, 32))
 LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
-EVALUATIONS_PER_STAGE = 4
-EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 18, 256
+EVALUATIONS_PER_STAGE = 2
+EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 17, 128
 EVALUATION_SEED = 7
 ROLES = ("queries", "keys", "feed_forward")
 
@@ -86,7 +86,7 @@ def evaluate(model: RecallModel, length: int, sequences: int) -> dict[str, float
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     right, routed, done = 0, 0, 0
     while done < sequences:
-        rows = min(sequences - done, max(EVALUATION_TOKENS // 8 // length, 1))
+        rows = min(sequences - done, max(EVALUATION_TOKENS // 4 // length, 1))
         batch = draw_batch(rows, length, generator)
         logits, decisions = model(batch.input_ids)
         right += int((logits.argmax(-1) == batch.answers).sum())

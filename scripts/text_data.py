@@ -25,7 +25,7 @@ from transformers import (
 )
 
 
-Objective = Literal["causal", "masked", "span_corruption"]
+Objective = Literal["causal", "masked", "span_corruption", "sequence_to_sequence"]
 
 # Python tokenisers build one object per token: pieces keep a document of any size from exhausting memory.
 PIECE_CHARACTERS = 1 << 18
