@@ -11,7 +11,7 @@ import textwrap
 import warnings
 
 from datasets import Dataset
-from text_sources import hold_out_by_name, standard_library_documents
+from text_sources import hold_out_by_name
 
 
 MAX_CHARACTERS = 1 << 15
@@ -51,9 +51,8 @@ def functions_of(name: str, text: str) -> list[dict[str, str]]:
     return rows
 
 
-def docstring_splits(percentage: float) -> tuple[Dataset, Dataset]:
-    """Training and held-out pairs, held out by file (see the top of this file)."""
-    documents = standard_library_documents()
+def docstring_splits(documents: list[tuple[str, str]], percentage: float) -> tuple[Dataset, Dataset]:
+    """Training and held-out pairs of (path, text) files, held out by file (see the top of this file)."""
     held_out = hold_out_by_name([name for name, _ in documents], percentage)
     train, validation = [], []
     for name, text in documents:

@@ -7,7 +7,15 @@ from pathlib import Path
 
 from datasets import Dataset
 from docstring_pairs import docstring_splits
-from text_sources import TABLE_BUILDERS, TextSplits, check_sources, load_dataset_splits, read_table, require_strings
+from text_sources import (
+    TABLE_BUILDERS,
+    TextSplits,
+    check_sources,
+    load_dataset_splits,
+    read_table,
+    require_strings,
+    standard_library_documents,
+)
 
 
 def keep_pairs(rows: Dataset, source_column: str, target_column: str, origin: str) -> Dataset:
@@ -47,7 +55,7 @@ def load_pair_splits(
         percentage=validation_split_percentage,
     )
     if train_file is None and dataset_name is None:
-        train, held_out = docstring_splits(validation_split_percentage)
+        train, held_out = docstring_splits(standard_library_documents(), validation_split_percentage)
         return TextSplits(train, held_out, "functions of the Python standard library and their docstrings")
 
     def pairs_of(argument: str, path: str) -> Dataset:

@@ -7,9 +7,9 @@ composition of M into S parts, the kept stretches between them one of L - M, bot
     input:   kept_0 <0> kept_1 <1> … kept_S </s>            L - M + S + 1 tokens
     target:  <0> hidden_1 <1> hidden_2 … hidden_S <S> </s>  M + S + 2 tokens
 
-Here kept_0 and kept_S may be empty, so that every position is hidden equally often (T5's own code always keeps the
-first token and hides the last). Long blocks have more spans than a tokenizer has sentinels; behind the last one comes
-the first again, for input and target have them in the same order.
+Here kept_0 and kept_S may be empty, so that the first and the last token are hidden at times (T5's own code always
+keeps the first and hides the last). Long blocks have more spans than a tokenizer has sentinels; behind the last one
+comes the first again, for input and target have them in the same order.
 
 UL2 (arXiv 2205.05131, table 1) mixes seven denoisers, each as often as the others, and puts the mode in front of the
 input, as text: `[R]` short spans (3 or 8 tokens, 15 %), `[S]` the last quarter given what stands before it, `[X]` long

@@ -9,7 +9,7 @@ from task_language_model import LanguageModel
 from text_data import EVALUATION_SEED, EvaluationBlocks, limit_documents, token_stream, tokenize_documents
 from train_arguments import TextArguments
 from training_model import set_decoder_start
-from transformers import AutoModelForSeq2SeqLM
+from transformers import AutoModelForSeq2SeqLM, PreTrainedTokenizerBase
 
 
 @dataclass
@@ -70,25 +70,38 @@ class SpanCorruption(LanguageModel):
         return SpanCorruptionCollator(processor, self.corruptor)
 
     def pack_held_out(self, documents, processor, max_samples, options):
-        if max_samples is not None:
-            documents = limit_documents(
-                documents,
-                processor,
-                max_samples * self.block_size,
-                parse_special_tokens=options["parse_special_tokens"],
-            )
-        tokenized = tokenize_documents(documents, processor, **options)
-        stream = torch.from_numpy(token_stream(tokenized)).long()
-        generator = torch.Generator().manual_seed(EVALUATION_SEED)
-        rows, hidden = [], 0
-        for block in stream.split(self.block_size):
-            if len(block) > 1:
-                inputs, target, count = self.corruptor(block, generator)
-                rows.append({"input_ids": inputs.tolist(), "labels": target.tolist()})
-                hidden += count
-        return EvaluationBlocks(
-            blocks=Dataset.from_list(rows).with_format("torch"),
-            scored_tokens=sum(len(row["labels"]) for row in rows),
-            text_bytes=sum(tokenized["text_bytes"]),
-            hidden_tokens=hidden,
+        return pack_held_out_spans(
+            documents, processor, self.corruptor, self.block_size, max_samples=max_samples, **options
         )
+
+
+def pack_held_out_spans(
+    documents: Dataset,
+    tokenizer: PreTrainedTokenizerBase,
+    corruptor: SpanCorruptor,
+    block_size: int,
+    *,
+    max_samples: int | None = None,
+    parse_special_tokens: bool = False,
+    num_proc: int | None = None,
+) -> EvaluationBlocks:
+    """Every block of the documents once (the last one is shorter), with holes drawn from a fixed seed."""
+    if max_samples is not None:
+        documents = limit_documents(
+            documents, tokenizer, max_samples * block_size, parse_special_tokens=parse_special_tokens
+        )
+    tokenized = tokenize_documents(documents, tokenizer, parse_special_tokens=parse_special_tokens, num_proc=num_proc)
+    stream = torch.from_numpy(token_stream(tokenized)).long()
+    generator = torch.Generator().manual_seed(EVALUATION_SEED)
+    rows, hidden = [], 0
+    for block in stream.split(block_size):
+        if len(block) > 1:
+            inputs, target, count = corruptor(block, generator)
+            rows.append({"input_ids": inputs.tolist(), "labels": target.tolist()})
+            hidden += count
+    return EvaluationBlocks(
+        blocks=Dataset.from_list(rows).with_format("torch"),
+        scored_tokens=sum(len(row["labels"]) for row in rows),
+        text_bytes=sum(tokenized["text_bytes"]),
+        hidden_tokens=hidden,
+    )
