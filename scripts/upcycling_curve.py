@@ -4,7 +4,7 @@
                                              and docs/figures/colt5_upcycling.png
 
 A small T5 v1.1 of transformers learns span corruption (`span_corruption.py`) on the Python standard library's sources,
-byte by byte. `hf_efficient.conversion.upcycled_t5` makes a CoLT5 of it, with the paper's fractions of routed tokens and
+byte by byte. `hf_efficient.conversion.upcycled_t5` makes a CoLT5 of it, with the fractions of the paper and
 light branches that start at zero or as copies. Both, and a CoLT5 of the same configuration with random weights, are
 trained on the same blocks in the same order with the same optimizer. What is measured is bits per hidden byte of
 held-out files, before the first step and at every `--eval_steps`.
