@@ -5,7 +5,7 @@
 
 A small T5 v1.1 of transformers learns span corruption (`span_corruption.py`) on the Python standard library's sources,
 byte by byte. `hf_efficient.conversion.upcycled_t5` makes a CoLT5 of it, which routes the fractions of the paper; its
-light branches start at zero, or as copies. Both, and a CoLT5 of the same configuration with random weights, are trained
+light branches start at zero, or as copies. Both, and a CoLT5 of that configuration with random weights, are trained
 on the same blocks in the same order with the same optimizer. What is measured is bits per hidden byte of held-out
 files, before the first step and at every `--eval_steps`.
 """
