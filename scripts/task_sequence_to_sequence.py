@@ -6,7 +6,7 @@ from pathlib import Path
 from datasets import Dataset
 from pair_sources import load_pair_splits
 from rouge_metrics import RougeMetrics
-from text_data import load_tokenizer, tokenize_text
+from text_data import first_tokens, load_tokenizer
 from training_model import fields_from_tokenizer, fit_vocabulary, set_decoder_start
 from training_task import TaskData, TrainingTask
 from transformers import AutoModelForSeq2SeqLM, DataCollatorForSeq2Seq, Seq2SeqTrainer
@@ -108,7 +108,7 @@ class SequenceToSequence(TrainingTask):
         """Columns `input_ids` and `labels`, each cut to its limit and with an end of sequence."""
 
         def cut(text: str, limit: int) -> list[int]:
-            return [*tokenize_text(processor, text)[: limit - 1], processor.eos_token_id]
+            return [*first_tokens(processor, text, limit - 1), processor.eos_token_id]
 
         prefix, limits = self.pairs.source_prefix, (self.pairs.max_source_length, self.pairs.max_target_length)
         return rows.map(

@@ -31,6 +31,7 @@ Objective = Literal["causal", "masked", "span_corruption", "sequence_to_sequence
 PIECE_CHARACTERS = 1 << 18
 IGNORED_LABEL = -100
 EVALUATION_SEED = 0
+CUT_MARGIN = 32  # tokens
 
 
 class EvaluationBlocks(NamedTuple):
@@ -92,6 +93,17 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_specia
         verbose=False,
     )
     return [token_id for piece in encoded["input_ids"] for token_id in piece]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """The first `count` tokens of a text, of which no more is read than it takes."""
+    length = 5 * count
+    while True:
+        token_ids = tokenize_text(tokenizer, text[:length])
+        # The cut may fall into a word: the last tokens are not those of the whole text.
+        if len(token_ids) >= count + CUT_MARGIN or length >= len(text):
+            return token_ids[:count]
+        length *= 2
 
 
 def tokenize_documents(
