@@ -149,6 +149,7 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         compute_metrics=data.compute_metrics,
         preprocess_logits_for_metrics=data.preprocess_logits_for_metrics,
         optimizers=(make_optimizer(model, parsed), None),
+        callbacks=list(data.callbacks),
     )
     metrics = {}
     if training.do_train:

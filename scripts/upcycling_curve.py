@@ -19,7 +19,7 @@ from benchmark_measure import ROOT, provenance
 from datasets import Dataset
 from held_out_metrics import HeldOutMetrics, row_totals
 from muon_adamw import MuonAdamW
-from span_corruption import Denoiser, SpanCorruptionCollator, SpanCorruptor
+from span_corruption import Denoiser, NewHolesEachEpoch, SpanCorruptionCollator, SpanCorruptor
 from task_span_corruption import pack_held_out_spans
 from text_data import EvaluationBlocks, limit_documents, load_tokenizer, pack_for_training, tokenize_documents
 from text_sources import load_splits
@@ -62,6 +62,7 @@ class SpanData:
 
 def train(model: PreTrainedModel, data: SpanData, steps: int, eval_steps: int, seed: int, folder: str) -> dict:
     """Trains in place; {step: held-out bits per hidden byte}, from step 0 on."""
+    collator = SpanCorruptionCollator(data.tokenizer, data.corruptor, seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -84,7 +85,8 @@ def train(model: PreTrainedModel, data: SpanData, steps: int, eval_steps: int, s
         ),
         train_dataset=data.train,
         eval_dataset=data.held_out.blocks,
-        data_collator=SpanCorruptionCollator(data.tokenizer, data.corruptor),
+        data_collator=collator,
+        callbacks=[NewHolesEachEpoch(collator)],
         compute_metrics=HeldOutMetrics("span_corruption", data.held_out, data.tokenizer),
         preprocess_logits_for_metrics=row_totals("span_corruption"),
         optimizers=(MuonAdamW(model, lr=LEARNING_RATE, matrix_lr=MATRIX_LEARNING_RATE), None),
@@ -108,6 +110,9 @@ def measure(data: SpanData, seed: int, steps: int, fine_tune_steps: int, eval_st
             decoder_start_token_id=tokenizer.pad_token_id,
         )
     )
+    # transformers draws the head of such a T5 with unit variance, for which its logits are far too large at the start.
+    with torch.no_grad():
+        original.lm_head.weight *= original.config.d_model**-0.5
     curves = {ORIGINAL: train(original, data, steps, max(steps // 4, 1), seed, folder)}
     for light, name in UPCYCLED.items():
         model, _ = upcycle_t5(original, light=light)

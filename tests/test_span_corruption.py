@@ -110,9 +110,16 @@ def test_collator_pads_and_leaves_out_a_mask_that_says_nothing():
     corrupt = span_corruption.SpanCorruptor(BYTES, (span_corruption.Denoiser(0.15, 3),))
     collate = span_corruption.SpanCorruptionCollator(BYTES, corrupt)
     block = {"input_ids": torch.arange(3, 103)}
-    batch = collate([block, block])
+    batch = collate([block, {"input_ids": torch.arange(4, 104)}])
     assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].shape == (2, 100 - 15 + 1 + 1)
-    assert not torch.equal(*batch["input_ids"])  # each with holes of its own
+    # The holes are the block's own, the same in any batch, and others in another epoch or by another seed.
+    again = collate([{"input_ids": torch.arange(4, 104)}, block])
+    assert torch.equal(batch["labels"], again["labels"].flip(0))
+    assert not torch.equal(batch["labels"][0], batch["labels"][1] - 1)
+    collate.epoch = 1
+    other_seed = span_corruption.SpanCorruptionCollator(BYTES, corrupt, seed=1)
+    for other in (collate, other_seed):
+        assert not torch.equal(batch["labels"][:1], other([block])["labels"])
     batch = collate([block, {"input_ids": torch.arange(3, 63)}])
     assert batch["attention_mask"].sum(1).tolist() == [87, 60 - 9 + 1 + 1]
     assert batch["input_ids"][1, 53:].eq(BYTES.pad_token_id).all()
