@@ -10,7 +10,14 @@ from transformers.modeling_utils import PreTrainedModel
 
 class CheckedPreTrainedModel(PreTrainedModel):
     """`PreTrainedModel` whose `from_pretrained` names a broken weight file's folder, and whose `save_pretrained`
-    refuses a place that cannot be written to before it writes anything."""
+    refuses a place that cannot be written to before it writes anything.
+
+    Every model here keeps its body in `model` and checkpoints its blocks.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
 
     def init_parallel_plans(self) -> None:
         """A configuration's plans name all that its models may have; keep the entries for what this model has."""

@@ -125,7 +125,7 @@ class CoLT5CausalLayer(GradientCheckpointingLayer):
         routing, history = router(hidden_states, self.mlp.num_routed, new, before)
         if past is not None:
             past.remember("feed_forward", history, max(router.window - 1, 1))
-            past.count(length)
+            past.count(hidden_states)
         return hidden_states + self.dropout(self.mlp.add_heavy(hidden_states, routing))
 
 

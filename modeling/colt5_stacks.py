@@ -51,10 +51,7 @@ class CoLT5PreTrainedModel(CheckedPreTrainedModel):
     """
 
     config: CoLT5Config
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["CoLT5EncoderLayer", "CoLT5DecoderLayer", "CoLT5CausalLayer", "CoLT5ImageLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {}
 
     @torch.no_grad()

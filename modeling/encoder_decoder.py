@@ -113,7 +113,7 @@ class PairOfStacks(EncoderDecoderBody):
 
 
 class Seq2SeqLMHead(LanguageModelHead):
-    """An encoder–decoder that predicts tokens. (A public model also has `GenerationMixin` among its own bases.)"""
+    """An encoder–decoder that predicts tokens. As in `CausalLMHead`, `GenerationMixin` comes beside it."""
 
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     output_class = Seq2SeqLMOutput

@@ -11,6 +11,7 @@ has such mixins too. They look the body up through the Auto classes, which fails
 checkpoint.)
 """
 
+import copy
 from typing import Unpack
 
 import torch
@@ -64,12 +65,23 @@ class LanguageModelHead(HeadOnBody):
 
 
 class CausalLMHead(LanguageModelHead):
-    """A decoder that predicts the next token. (A public model also has `GenerationMixin` among its own bases.)"""
+    """A decoder that predicts the next token. Makes its configuration causal.
+
+    (A public model also has `GenerationMixin` among its own bases: transformers looks for it there.)
+    """
 
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     output_class = CausalLMOutputWithCrossAttentions
     passed_on = ("hidden_states", "attentions", "cross_attentions")  # of the body's output
+
+    @classmethod
+    def head_config(cls, config):
+        if config.is_decoder:
+            return config
+        config = copy.deepcopy(config)
+        config.is_decoder = True
+        return config
 
     @can_return_tuple
     def forward(

@@ -9,7 +9,6 @@ Attention goes through transformers' attention interface, or over chunks of the 
 Cost for N inputs, M latents and L blocks: O(N M + L M²) time; memory for N keys and values, or for those of one chunk.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Unpack
 
@@ -55,10 +54,7 @@ class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     """What every PerceiverFlash class shares: flags for transformers, and the initial values of weights."""
 
     config: PerceiverFlashConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PerceiverFlashLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flex_attn = True
     _supports_attention_backend = True
@@ -504,11 +500,11 @@ class PerceiverFlashForCausalLM(CausalLMHead, PerceiverFlashPreTrainedModel, Gen
 
     @classmethod
     def head_config(cls, config: PerceiverFlashConfig) -> PerceiverFlashConfig:
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = config.final_norm = True
-            config.validate_architecture()
-        return config
+        causal = super().head_config(config)
+        if causal is not config:
+            causal.final_norm = True
+            causal.validate_architecture()
+        return causal
 
     def loss_of(self, logits: torch.Tensor, labels: torch.Tensor, outputs, **kwargs) -> torch.Tensor:
         length, count = labels.shape[1], logits.shape[1]

@@ -10,7 +10,6 @@ in softmax heads over a window or be full softmax attention, which exact recall 
 Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(M D H) state.
 """
 
-import copy
 from typing import Unpack
 
 import torch
@@ -51,10 +50,7 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
     """What every Performer class shares: flags for transformers, and the initial values of weights and buffers."""
 
     config: PerformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PerformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # the softmax layers of hybrids
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -236,11 +232,10 @@ class PerformerForCausalLM(CausalLMHead, PerformerPreTrainedModel, GenerationMix
 
     @classmethod
     def head_config(cls, config: PerformerConfig) -> PerformerConfig:
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-            config.classifier_pooling = "last"
-        return config
+        causal = super().head_config(config)
+        if causal is not config:
+            causal.classifier_pooling = "last"
+        return causal
 
 
 class PerformerForMaskedLM(MaskedLMHead, PerformerPreTrainedModel):

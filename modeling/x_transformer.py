@@ -17,7 +17,6 @@ Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) 
 but for talking heads and residual attention, which hold all scores.
 """
 
-import copy
 from typing import Unpack
 
 import torch
@@ -62,10 +61,7 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
     """What every XTransformer class shares: flags for transformers, and the initial values of weights."""
 
     config: XTransformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["XTransformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # the name under which transformers knows the fused form; "eager" is the written-out one
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -255,13 +251,6 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
     """A decoder with a language modelling head. Makes its configuration causal."""
 
     body_class = XTransformerModel
-
-    @classmethod
-    def head_config(cls, config: XTransformerConfig) -> XTransformerConfig:
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-        return config
 
 
 class XTransformerForMaskedLM(ScaledLogits, MaskedLMHead, XTransformerPreTrainedModel):
