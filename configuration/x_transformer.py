@@ -1,7 +1,6 @@
 # Copyright 2026 The hf_efficient authors. Licensed under the Apache License, Version 2.0.
 """Configuration of XTransformer: a Transformer whose parts are chosen one by one."""
 
-import dataclasses
 import math
 from typing import Any, Literal
 
@@ -9,10 +8,17 @@ from huggingface_hub.dataclasses import strict
 
 from .encoder_decoder_parts import part_of
 from .self_contained import SelfContainedConfig
+from .x_transformer_rules import (
+    check_at_least,
+    check_attention,
+    check_kind,
+    check_layout,
+    check_positions,
+    check_sizes,
+    check_stack,
+)
 
 
-# Rotary scalings whose angles depend on the positions alone, so that a cached key stays what it was.
-ROPE_TYPES = ("default", "linear", "yarn", "llama3")
 # A cache layer that also holds what memory tokens and token shifts need, see modeling/prefix_cache.py.
 PREFIX_LAYER_TYPE = "full_attention_with_prefix"
 
@@ -89,6 +95,10 @@ class XTransformerConfig(SelfContainedConfig):
         residual_scale (`float`, defaults to 1): constant factor on the stream at each sum (arXiv 2203.00555).
         learned_residual_scale (`bool`, defaults to `False`): a learned factor for each channel there
             (arXiv 2110.09456).
+        num_residual_streams (`int`, defaults to 1): hyper-connections: so many streams, which every branch reads,
+            writes and mixes with weights of its own (arXiv 2409.19606). Needs norm_position `"pre"` or `"sandwich"`.
+        residual_stream_mixing (`str`, defaults to `"free"`): of them: `"free"`, or `"doubly_stochastic"`
+            (arXiv 2512.24880), for which sinkhorn_iterations (`int`, defaults to 20) divide rows and columns.
         layer_scale_init_value (`float`, *optional*): LayerScale on each branch, with this initial value
             (arXiv 2103.17239).
         zero_init_branches (`bool`, defaults to `False`): every branch starts as zero.
@@ -226,6 +236,9 @@ class XTransformerConfig(SelfContainedConfig):
     residual_type: Literal["sum", "gru"] = "sum"
     residual_scale: float | int = 1.0
     learned_residual_scale: bool = False
+    num_residual_streams: int = 1
+    residual_stream_mixing: Literal["free", "doubly_stochastic"] = "free"
+    sinkhorn_iterations: int = 20
     layer_scale_init_value: float | int | None = None
     zero_init_branches: bool = False
     layerdrop: float | int = 0.0
@@ -290,7 +303,7 @@ class XTransformerConfig(SelfContainedConfig):
     decoder_start_token_id: int | None = None
 
     def __post_init__(self, **kwargs):
-        self._check_at_least(1, "num_attention_heads", "hidden_size", "num_hidden_layers")
+        check_at_least(self, 1, "num_attention_heads", "hidden_size", "num_hidden_layers")
         if self.head_dim is None:
             if self.hidden_size % self.num_attention_heads:
                 raise ValueError(
@@ -354,6 +367,11 @@ class XTransformerConfig(SelfContainedConfig):
         return self.hidden_size if self.embedding_size is None else self.embedding_size
 
     @property
+    def rotary_dim(self) -> int:
+        """How many channels of a head turn."""
+        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
+
+    @property
     def encoder_state_size(self) -> int:
         """Width of what cross-attention reads."""
         size = self.cross_attention_hidden_size
@@ -384,7 +402,7 @@ class XTransformerConfig(SelfContainedConfig):
         """The configuration of the decoder of an encoder–decoder."""
         return part_of(self, {}, is_decoder=True, add_cross_attention=True)
 
-    # Validation
+    # Validation: the rules stand in x_transformer_rules.py.
 
     def check_stack(self) -> None:
         """What one stack cannot be; known only when a model is built, because `XTransformerForCausalLM` sets
@@ -393,178 +411,18 @@ class XTransformerConfig(SelfContainedConfig):
         Raises:
             ValueError: an encoder with options of a decoder, or an encoder–decoder as one stack.
         """
-        if self.is_encoder_decoder:
-            self._refuse("is_encoder_decoder", "XTransformerForConditionalGeneration", "this model is one stack")
-        if self.is_decoder:
-            return
-        if self.rotary_positions == "xpos":
-            self._refuse("rotary_positions", "is_decoder=True", "its decay grows without bound for later keys")
-        if self.prefix_lm:
-            self._refuse("prefix_lm", "is_decoder=True", "all tokens of an encoder see each other")
-
-    def _check_at_least(self, minimum: int, *names: str) -> None:
-        for name in names:
-            value = getattr(self, name)
-            if value is not None and value < minimum:
-                raise ValueError(f"{name} must be at least {minimum}, got {value}")
+        check_stack(self)
 
     def validate_layer_type(self):
         """Nothing to check: `layer_types` is derived."""
 
     def validate_architecture(self):
         """What cannot go together; each message names the field, what was expected and what came."""
-        self._check_at_least(1, "vocab_size", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
-        self._check_at_least(1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
-        self._check_at_least(1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
-        self._check_at_least(0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "shift_tokens")
-        self._check_at_least(0, "chunk_size_feed_forward", "sliding_window_ahead")
-        for name in (
-            "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
-            "feed_forward_output_dropout", "layerdrop", "masked_key_probability", "encoder_token_dropout",
-            "classifier_dropout",
-        ):  # fmt: skip
-            if not 0 <= getattr(self, name) < 1:
-                raise ValueError(f"{name} must be in [0, 1), got {getattr(self, name)}")
-        for name in ("attn_logit_softcapping", "hidden_state_softcapping"):
-            if getattr(self, name) is not None and getattr(self, name) <= 0:
-                raise ValueError(f"{name} must be positive or None, got {getattr(self, name)}")
-        if self.num_attention_heads % self.num_key_value_heads:
-            raise ValueError(
-                f"num_key_value_heads must divide num_attention_heads ({self.num_attention_heads}), got "
-                f"{self.num_key_value_heads}"
-            )
-        self._validate_positions()
-        self._validate_attention()
-        self._validate_layout()
-        self._validate_kind()
-
-    def _refuse(self, name: str, needed: str, why: str) -> None:
-        raise ValueError(f"{name}={getattr(self, name)!r} needs {needed}: {why}")
-
-    def _validate_positions(self):
-        if self.rotary_positions is not None:
-            kind = self.rope_parameters.get("rope_type", "default")
-            if kind not in ROPE_TYPES:
-                raise ValueError(
-                    f"rope_parameters must have a rope_type whose angles do not depend on the length, so that cached "
-                    f"keys stay right: one of {', '.join(ROPE_TYPES)}, got {kind!r}"
-                )
-            if self.rotary_dim % 2 or self.rotary_dim < 2:
-                raise ValueError(
-                    f"head_dim times rope_parameters['partial_rotary_factor'] must be even and at least 2, got "
-                    f"{self.rotary_dim}"
-                )
-            if self.rotary_positions == "xpos" and kind not in ("default", "linear"):
-                self._refuse("rotary_positions", "rope_type 'default' or 'linear'", "others rescale scores themselves")
-        if self.absolute_positions == "scaled_sinusoidal":
-            if self.token_size % 2:
-                raise ValueError(f"embedding_size must be even for sinusoidal positions, got {self.token_size}")
-            if self.l2_normalize_embeddings:
-                self._refuse(
-                    "l2_normalize_embeddings", "absolute_positions 'learned' or None", "sinusoids have no table"
-                )
-        if self.alibi_slopes is not None and len(self.alibi_slopes) != self.num_attention_heads:
-            raise ValueError(
-                f"alibi_slopes must have num_attention_heads ({self.num_attention_heads}) entries, got "
-                f"{len(self.alibi_slopes)}"
-            )
-        buckets, distance = self.relative_attention_num_buckets, self.relative_attention_max_distance
-        if self.position_bias == "t5" and (buckets < 4 or buckets % 2 or distance < buckets):
-            raise ValueError(
-                f"relative_attention_num_buckets must be even, at least 4 and at most relative_attention_max_distance "
-                f"({distance}), got {buckets}"
-            )
-
-    @property
-    def rotary_dim(self) -> int:
-        """How many channels of a head turn."""
-        return int(self.head_dim * self.rope_parameters.get("partial_rotary_factor", 1.0))
-
-    def _validate_attention(self):
-        if self.qk_norm in ("l2", "l2_learned") and self.head_dim % self.qk_norm_groups:
-            raise ValueError(f"qk_norm_groups must divide head_dim ({self.head_dim}), got {self.qk_norm_groups}")
-        if self.qk_norm in (None, "rms", "rms_key") and self.qk_norm_groups != 1:
-            self._refuse("qk_norm_groups", "qk_norm 'l2' or 'l2_learned'", "no other norm has groups")
-        if self.value_gate is None and (self.value_gate_rank is not None or self.value_gate_per_head):
-            name = "value_gate_per_head" if self.value_gate_per_head else "value_gate_rank"
-            self._refuse(name, "value_gate 'sigmoid' or 'silu'", "there is no gate to shape")
-        if self.value_gate_rank is not None and self.value_gate_per_head:
-            self._refuse("value_gate_per_head", "value_gate_rank=None", "a gate per head has no bottleneck")
-        if self.attention_on_attention and self.attention_out_bias:
-            self._refuse("attention_on_attention", "attention_out_bias=False", "the GLU takes the projection's place")
-        if self.sliding_window_ahead is not None and self.sliding_window is None:
-            self._refuse("sliding_window_ahead", "sliding_window", "without a window everything is seen")
-        if self.kernel_backend == "triton" and self.materializes_scores:
-            self._refuse("kernel_backend", "no talking heads or residual attention", "they hold N×M scores in PyTorch")
-        if self.cross_residual_attention and not (self.add_cross_attention or self.is_encoder_decoder):
-            self._refuse("cross_residual_attention", "add_cross_attention=True", "there are no such scores")
-
-    def _validate_layout(self):
-        if self.gate_channel_scale and not self.gated_feed_forward:
-            self._refuse("gate_channel_scale", "gated_feed_forward=True", "there is no gate to scale")
-        if self.residual_type == "gru" and self.residual_scale != 1:
-            self._refuse("residual_scale", "residual_type='sum'", "a GRU cell does not sum")
-        if self.norm_type == "dynamic_tanh" and self.norm_position == "post":
-            self._refuse("norm_type", "a norm_position other than 'post'", "it bounds the stream, which then dies out")
-        if self.shift_tokens and (2 * self.shift_tokens + 1) > self.hidden_size:
-            self._refuse("shift_tokens", "a larger hidden_size", "each shift takes a part of the channels")
-        if self.sublayer_order is not None:
-            order, crosses = self.sublayer_order, self.add_cross_attention or self.is_encoder_decoder
-            if "a" not in order or set(order) - set("afc") or ("c" in order) != crosses:
-                raise ValueError(
-                    "sublayer_order must hold a and f, c exactly where there is cross-attention, and at least one "
-                    f"'a', got {order!r}"
-                )
-            if order.count("a") != self.num_hidden_layers and self.layer_execution_order is None:
-                raise ValueError(
-                    f"sublayer_order must have num_hidden_layers ({self.num_hidden_layers}) times 'a', got {order!r}"
-                )
-            if self.macaron:
-                self._refuse("macaron", "sublayer_order=None", "the order already says where feed-forwards stand")
-            if any(block.count("c") > 1 for block in self.block_orders):
-                raise ValueError(f"sublayer_order must have at most one 'c' after each 'a', got {order!r}")
-        order = self.layer_execution_order
-        if order is not None:
-            if len(order) != self.num_hidden_layers:
-                raise ValueError(
-                    f"layer_execution_order must have num_hidden_layers ({self.num_hidden_layers}) entries, got "
-                    f"{len(order)}"
-                )
-            if set(order) != set(range(len(self.block_orders))):
-                raise ValueError(
-                    f"layer_execution_order must name every block from 0 to {len(self.block_orders) - 1} and no "
-                    f"other, got {order}"
-                )
-
-    def _validate_kind(self):
-        if self.prefix_lm:
-            if self.shift_tokens:
-                self._refuse("prefix_lm", "shift_tokens=0", "a shift only knows what comes before")
-            if self.rotary_positions == "xpos":
-                self._refuse("prefix_lm", "rotary_positions other than 'xpos'", "its decay grows for later keys")
-        if self.encoder_overrides:
-            known = {field.name for field in dataclasses.fields(XTransformerConfig)}
-            unknown = sorted(set(self.encoder_overrides) - known)
-            if unknown:
-                raise ValueError(f"encoder_overrides must hold fields of XTransformerConfig, got {unknown}")
-            if not self.is_encoder_decoder:
-                raise ValueError("encoder_overrides needs is_encoder_decoder=True, got False")
-            size = self.encoder_overrides.get("hidden_size", self.hidden_size)
-            if size != self.encoder_state_size:
-                raise ValueError(
-                    f"cross_attention_hidden_size must be the encoder's hidden_size ({size}), got "
-                    f"{self.encoder_state_size}"
-                )
-        if self.share_embeddings and self.is_encoder_decoder:
-            for name in ("vocab_size", "embedding_size"):
-                other = (self.encoder_overrides or {}).get(name, getattr(self, name))
-                if other != getattr(self, name):
-                    raise ValueError(
-                        f"share_embeddings=True needs one {name} ({getattr(self, name)}), got {other} in "
-                        "encoder_overrides"
-                    )
-        if self.tie_word_embeddings and self.token_size != self.hidden_size:
-            self._refuse("tie_word_embeddings", f"embedding_size={self.hidden_size}", "the head reads hidden states")
+        check_sizes(self)
+        check_positions(self)
+        check_attention(self)
+        check_layout(self)
+        check_kind(self)
 
 
 def alibi_slopes(heads: int) -> list[float]:

@@ -16,11 +16,11 @@ from ..configuration.colt5 import CoLT5Config
 from .checked_model import CheckedPreTrainedModel
 from .colt5_layers import CoLT5CausalLayer, CoLT5DecoderLayer, CoLT5EncoderLayer, CoLT5ImageLayer
 from .heavy_attention import HeavyAttention
+from .image_patches import PatchEmbedding, sincos_positions
 from .input_checks import check_attention_mask, check_inputs
 from .norms import make_norm
 from .relative_position_bias import RelativePositionBias
 from .routed_cache import RoutedStateLayer
-from .routed_vit import PatchEmbedding, sincos_positions
 from .token_router import Routing, TokenRouter
 
 

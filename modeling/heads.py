@@ -36,7 +36,7 @@ class HeadOnBody:
 
     def __init__(self, config):
         super().__init__(self.head_config(config))
-        self.model = self.body_class(self.config)
+        self.model = self.make_body(self.config)
         self.add_head(self.config)
         self.post_init()
 
@@ -44,6 +44,9 @@ class HeadOnBody:
     def head_config(cls, config):
         """The configuration of this model, made of one that may have been written for another head."""
         return config
+
+    def make_body(self, config):
+        return self.body_class(config)
 
     def add_head(self, config) -> None:
         """Create the modules that stand on the body."""

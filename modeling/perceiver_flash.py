@@ -83,11 +83,15 @@ def _truncated_normal(parameter, std):
 
 
 class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
-    """Inputs to latents: a Perceiver, the encoder of a Perceiver IO, or the stack of a Perceiver AR (`is_decoder`)."""
+    """Inputs to latents: a Perceiver, the encoder of a Perceiver IO, or the stack of a Perceiver AR (`is_decoder`).
+
+    Args:
+        add_pooling_layer: whether `config.output_size` is that of `pooler_output`; a head has it for its own.
+    """
 
     _can_record_outputs = PerceiverFlashPreTrainedModel._can_record_outputs
 
-    def __init__(self, config: PerceiverFlashConfig):
+    def __init__(self, config: PerceiverFlashConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embed_tokens = self.embed_positions = self.image_adapter = None
         if config.modality == "text":
@@ -110,7 +114,7 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         if config.final_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = None
-        if config.output_size is not None and config.pooling != "query":
+        if add_pooling_layer and config.output_size is not None and config.pooling != "query":
             self.pooler = PerceiverFlashProjection(config, pooled_size(config), config.output_size)
         self.gradient_checkpointing = False
         self.post_init()
@@ -314,10 +318,18 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         return rotary_tables(positions, size, self.config.rotary_emb_base) if size else None
 
 
-class PerceiverFlashIOModel(HeadOnBody, PerceiverFlashPreTrainedModel):
-    """Perceiver IO: any number of queries read the latents. Without queries it returns the latents."""
+class OnLatents(HeadOnBody):
+    """A head that reads the latents themselves, not a vector pooled of them."""
 
     body_class = PerceiverFlashModel
+
+    def make_body(self, config: PerceiverFlashConfig) -> PerceiverFlashModel:
+        return PerceiverFlashModel(config, add_pooling_layer=False)
+
+
+class PerceiverFlashIOModel(OnLatents, PerceiverFlashPreTrainedModel):
+    """Perceiver IO: any number of queries read the latents. Without queries it returns the latents."""
+
     _can_record_outputs = {"cross_attentions": OutputRecorder(PerceiverFlashAttention, index=1, layer_name="decoder")}
 
     def add_head(self, config: PerceiverFlashConfig) -> None:
@@ -356,10 +368,9 @@ class PerceiverFlashIOModel(HeadOnBody, PerceiverFlashPreTrainedModel):
         )
 
 
-class PerceiverFlashForMaskedLM(LanguageModelHead, PerceiverFlashPreTrainedModel):
+class PerceiverFlashForMaskedLM(OnLatents, LanguageModelHead, PerceiverFlashPreTrainedModel):
     """Perceiver IO with one learned query for each position, and a head that predicts masked tokens."""
 
-    body_class = PerceiverFlashModel
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     _can_record_outputs = PerceiverFlashIOModel._can_record_outputs
 
@@ -416,10 +427,9 @@ class PerceiverFlashForMaskedLM(LanguageModelHead, PerceiverFlashPreTrainedModel
         )
 
 
-class PerceiverFlashForSequenceClassification(HeadOnBody, PerceiverFlashPreTrainedModel):
+class PerceiverFlashForSequenceClassification(OnLatents, PerceiverFlashPreTrainedModel):
     """One label (or number) for an input, text or features, read from the latents (`config.pooling`)."""
 
-    body_class = PerceiverFlashModel
     _can_record_outputs = {
         "cross_attentions": OutputRecorder(PerceiverFlashAttention, index=1, layer_name="classifier")
     }
@@ -484,7 +494,7 @@ class PerceiverFlashForImageClassification(PerceiverFlashForSequenceClassificati
         return self._classify({"pixel_values": pixel_values}, labels, kwargs)
 
 
-class PerceiverFlashForCausalLM(CausalLMHead, PerceiverFlashPreTrainedModel, GenerationMixin):
+class PerceiverFlashForCausalLM(OnLatents, CausalLMHead, PerceiverFlashPreTrainedModel, GenerationMixin):
     """Perceiver AR: the last positions of a sequence are latents, and predict what follows. Makes its config causal.
 
     The latents of n tokens are the positions from `window_start(n)` on (`perceiver_flash_window.py`): at most
@@ -492,7 +502,6 @@ class PerceiverFlashForCausalLM(CausalLMHead, PerceiverFlashPreTrainedModel, Gen
     M ≤ `num_latents` of N positions, and labels in front of the latents are left out.
     """
 
-    body_class = PerceiverFlashModel
     output_class = PerceiverFlashHeadOutput
     passed_on = ("hidden_states", "attentions")
     # Several tokens at once have the latents of the last one's window, so candidates cannot be judged together.

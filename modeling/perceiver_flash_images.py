@@ -7,6 +7,8 @@ import torch.nn.functional as F
 from torch import nn
 from transformers import initialization as init
 
+from .image_patches import resized_positions
+
 
 class DownsamplingConvolution(nn.Module):
     """7×7 convolution of stride 2, batch norm, ReLU, and 3×3 maximum of stride 2 (arXiv 2107.14795, section H)."""
@@ -54,7 +56,8 @@ class PerceiverFlashImagePositions(nn.Module):
         if self.kind == "none":
             return None
         if self.kind == "learned":
-            positions = self._interpolated(rows, columns)
+            known = self.config.image_grid(*self.config.image_size)
+            positions = resized_positions(self.table, known, (rows, columns))
         else:
             axes = [torch.linspace(-1, 1, count, device=like.device) for count in (rows, columns)]
             grid = torch.stack(torch.meshgrid(*axes, indexing="ij"), dim=-1).flatten(0, 1)
@@ -79,14 +82,6 @@ class PerceiverFlashImagePositions(nn.Module):
         frequencies = 2.0 ** torch.arange(self.config.num_frequency_bands, device=grid.device)
         angles = math.pi * grid[..., None] * frequencies
         return torch.cat([angles.sin(), angles.cos()], dim=-1).flatten(1)
-
-    def _interpolated(self, rows, columns):
-        known = self.config.image_grid(*self.config.image_size)
-        if (rows, columns) == known:
-            return self.table
-        grid = self.table.unflatten(0, known).permute(2, 0, 1)[None]
-        grid = F.interpolate(grid, size=(rows, columns), mode="bicubic", align_corners=False)
-        return grid[0].flatten(1).T
 
 
 class PerceiverFlashImageAdapter(nn.Module):

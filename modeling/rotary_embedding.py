@@ -3,7 +3,7 @@
 import torch
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
-from ..configuration.x_transformer import ROPE_TYPES
+from ..configuration.x_transformer_rules import ROPE_TYPES
 from .fixed_tables import FixedTable
 from .rotary import apply_rotary
 

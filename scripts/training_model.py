@@ -1,4 +1,4 @@
-"""Config, objective, tokenizer and model of a training run, from a checkpoint or from nothing."""
+"""Config and model of a training run, from a checkpoint or from nothing."""
 
 import dataclasses
 import difflib
@@ -7,12 +7,9 @@ import re
 
 import torch
 from safetensors import SafetensorError
-from text_data import Objective
 from train_arguments import ModelArguments
 from transformers import (
     AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForMaskedLM,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -20,8 +17,6 @@ from transformers import (
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 
-AUTO_CLASSES = {"causal": AutoModelForCausalLM, "masked": AutoModelForMaskedLM}
-HEAD_SUFFIXES = {"causal": ("ForCausalLM", "LMHeadModel"), "masked": ("ForMaskedLM",)}
 DEFAULT_BLOCK_SIZE = 1024
 OVERRIDE_SEPARATOR = re.compile(r",(?=\s*[A-Za-z_]\w*\s*=)")  # a comma before the next "name=", not one in a list
 
@@ -78,15 +73,14 @@ def hub_options(arguments: ModelArguments) -> dict:
     }
 
 
-def fields_from_tokenizer(tokenizer: PreTrainedTokenizerBase, known: set[str]) -> dict:
+def fields_from_tokenizer(tokenizer: PreTrainedTokenizerBase) -> dict:
     """What a model trained from nothing takes from its tokenizer: the size of the vocabulary and the special ids."""
-    fields = {"vocab_size": len(tokenizer)}
-    fields |= {name: getattr(tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
-    return {name: value for name, value in fields.items() if name in known}
+    names = ("pad_token_id", "bos_token_id", "eos_token_id")
+    return {"vocab_size": len(tokenizer)} | {name: getattr(tokenizer, name) for name in names}
 
 
 def load_config(arguments: ModelArguments) -> PreTrainedConfig:
-    """The config before the tokenizer has its say: it decides the objective, and the objective the tokenizer."""
+    """The config before the data has its say: it decides the objective, and the objective what is read."""
     overrides = parse_config_overrides(arguments.config_overrides)
     if arguments.model_type is not None:
         if arguments.model_type not in CONFIG_MAPPING:
@@ -105,53 +99,17 @@ def load_config(arguments: ModelArguments) -> PreTrainedConfig:
     return config
 
 
-def with_tokenizer(
-    config: PreTrainedConfig, arguments: ModelArguments, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedConfig:
-    """The config with vocabulary and special ids of the tokenizer, unless --config_overrides sets them."""
+def with_fields(config: PreTrainedConfig, arguments: ModelArguments, fields: dict) -> PreTrainedConfig:
+    """The config with those of `fields` that it has, unless --config_overrides sets them."""
     overrides = parse_config_overrides(arguments.config_overrides)
-    fields = fields_from_tokenizer(tokenizer, config_fields(type(config)))
-    fields = {name: value for name, value in fields.items() if name not in overrides}
+    known = config_fields(type(config))
+    fields = {name: value for name, value in fields.items() if name in known and name not in overrides}
+    if not fields:
+        return config
     if arguments.model_type is not None:
-        config = AutoConfig.for_model(arguments.model_type, **{**fields, **overrides})
-    else:
-        config = AutoConfig.from_pretrained(arguments.config_name, **hub_options(arguments), **{**fields, **overrides})
-    if config.vocab_size < len(tokenizer):
-        raise ValueError(
-            f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {config.vocab_size}"
-        )
-    return config
-
-
-def has_head(config: PreTrainedConfig, objective: Objective) -> bool:
-    auto_class = AUTO_CLASSES[objective]
-    return type(config) in auto_class._model_mapping or auto_class.__name__ in (
-        getattr(config, "auto_map", None) or {}
-    )
-
-
-def resolve_objective(config: PreTrainedConfig, wish: Objective | None) -> Objective:
-    """The objective asked for, or what the checkpoint was trained for, or else the first the architecture has.
-
-    Raises:
-        ValueError: an encoder-decoder, or no head for the objective.
-    """
-    kind = config.model_type
-    if config.is_encoder_decoder:
-        raise ValueError(f"train.py trains decoders and encoders, got the encoder-decoder {kind!r}")
-    heads = [objective for objective in AUTO_CLASSES if has_head(config, objective)]
-    trained_for = next(
-        (
-            objective
-            for objective, suffixes in HEAD_SUFFIXES.items()
-            if any(name.endswith(suffixes) for name in config.architectures or [])
-        ),
-        None,
-    )
-    objective = wish or trained_for or next(iter(heads), None)
-    if objective not in heads:
-        raise ValueError(f"--objective must be one that {kind!r} has a head for ({heads}), got {objective!r}")
-    return objective
+        return AutoConfig.for_model(arguments.model_type, **{**fields, **overrides})
+    source = arguments.model_name_or_path or arguments.config_name
+    return AutoConfig.from_pretrained(source, **hub_options(arguments), **{**fields, **overrides})
 
 
 def resolve_block_size(config: PreTrainedConfig, wish: int | None) -> int:
@@ -175,53 +133,34 @@ def resolve_dtype(name: str | None) -> torch.dtype | str:
     return dtype
 
 
-def load_model(
-    config: PreTrainedConfig, arguments: ModelArguments, objective: Objective, tokenizer: PreTrainedTokenizerBase
-) -> PreTrainedModel:
-    auto_class, dtype = AUTO_CLASSES[objective], resolve_dtype(arguments.dtype)
+def load_model(config: PreTrainedConfig, arguments: ModelArguments, auto_class: type) -> PreTrainedModel:
+    """The model that an Auto class makes of the config: with random weights, or with a checkpoint's."""
+    dtype = resolve_dtype(arguments.dtype)
     if arguments.model_name_or_path is None:
-        model = auto_class.from_config(
+        return auto_class.from_config(
             config,
             dtype=torch.float32 if dtype == "auto" else dtype,
             trust_remote_code=arguments.trust_remote_code,
         )
-    else:
-        try:
-            model = auto_class.from_pretrained(
-                arguments.model_name_or_path, config=config, dtype=dtype, **hub_options(arguments)
-            )
-        except SafetensorError as error:
-            raise ValueError(
-                f"--model_name_or_path must hold whole weights, got {arguments.model_name_or_path!r}: {error}"
-            ) from error
-        if model.get_input_embeddings().weight.shape[0] < len(tokenizer):
-            model.resize_token_embeddings(len(tokenizer))
-    if objective == "causal":
-        require_causal(model)
-    return model
+    try:
+        return auto_class.from_pretrained(
+            arguments.model_name_or_path, config=config, dtype=dtype, **hub_options(arguments)
+        )
+    except SafetensorError as error:
+        raise ValueError(
+            f"--model_name_or_path must hold whole weights, got {arguments.model_name_or_path!r}: {error}"
+        ) from error
 
 
-@torch.no_grad()
-def require_causal(model: PreTrainedModel) -> None:
-    """Changes the last of eight tokens and looks whether an earlier prediction moves.
+def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, from_checkpoint: bool) -> None:
+    """Makes room for every token of the tokenizer.
 
     Raises:
-        ValueError: one does. Bits per byte of a model that sees what it predicts would mean nothing.
+        ValueError: there is none in a model trained from scratch, whose size somebody chose.
     """
-    vocabulary = model.get_input_embeddings().weight.shape[0]
-    tokens = (vocabulary // 2 + torch.arange(8)).remainder(vocabulary)[None].to(model.device)
-    changed = tokens.clone()
-    changed[0, -1] = (changed[0, -1] + 1) % vocabulary
-    was_training = model.training
-    model.eval()
-    before, after = (model(input_ids=ids, use_cache=False).logits[:, :-1].float() for ids in (tokens, changed))
-    model.train(was_training)
-    moved = (before - after).abs().max().item()
-    # Rounding may differ between the two; a leak shows in every digit.
-    tolerance = 1e-5 if model.dtype in (torch.float32, torch.float64) else 1e-2
-    if not moved <= tolerance * before.abs().max().item():
-        raise ValueError(
-            f"--objective causal needs a model that does not look ahead, got {type(model).__name__}, whose earlier "
-            f"logits move by {moved:.2g} when only the last token changes: pass --objective masked, or "
-            "--config_overrides is_decoder=True where the architecture has that field"
-        )
+    size = model.get_input_embeddings().weight.shape[0]
+    if size >= len(tokenizer):
+        return
+    if not from_checkpoint:
+        raise ValueError(f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {size}")
+    model.resize_token_embeddings(len(tokenizer))

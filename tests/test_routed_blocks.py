@@ -18,9 +18,10 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from hf_efficient.modeling.differentiable_topk import topk
 from hf_efficient.modeling.heavy_attention import HeavyAttention
+from hf_efficient.modeling.image_patches import PatchEmbedding, sincos_positions
 from hf_efficient.modeling.routed_attention import RoutedAttention
 from hf_efficient.modeling.routed_block import RoutedTransformerBlock
-from hf_efficient.modeling.routed_vit import PatchEmbedding, RoutedImageBlock, sincos_positions
+from hf_efficient.modeling.routed_vit import RoutedImageBlock
 from hf_efficient.modeling.token_router import RouterOptions, TokenRouter, tokens_for
 
 

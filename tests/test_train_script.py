@@ -198,7 +198,7 @@ def test_trainer_flags(flags, corpus, tmp_path):
         ("--do_train --model_type t5", "encoder-decoder 't5'"),
         ("--do_train --model_type gpt2 --objective masked", "'gpt2' has a head for .*got 'masked'"),
         ("--do_train --model_type bert --objective causal", "does not look ahead, got BertLMHeadModel"),
-        ("--do_train --model_type gpt2 --mlm_probability 0.1", "belongs to the masked objective"),
+        ("--do_train --model_type gpt2 --mlm_probability 0.1", "belongs to --objective masked, got it with .* causal"),
         ("--do_train --model_type gpt2 --objective causal --mlm_probability 0.1", "belongs to --objective masked"),
         ("--do_train --model_type bert --objective masked --mlm_probability 1", "between 0 and 1, got 1.0"),
         ("--do_train --model_type gpt2 --block_size 1", "--block_size must be at least 2, got 1"),
