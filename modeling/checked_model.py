@@ -7,8 +7,10 @@ import tempfile
 from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
+from ..configuration.model_card import DescribesItself
 
-class CheckedPreTrainedModel(PreTrainedModel):
+
+class CheckedPreTrainedModel(DescribesItself, PreTrainedModel):
     """`PreTrainedModel` whose `from_pretrained` names a broken weight file's folder, and whose `save_pretrained`
     refuses a place that cannot be written to before it writes anything.
 

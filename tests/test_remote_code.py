@@ -137,7 +137,7 @@ def code(folder):
 @pytest.mark.parametrize(("model_type", "auto_class"), rows)
 def test_the_folder_holds_code_safetensors_and_every_head(saved, model_type, auto_class):
     folder = saved / model_type / auto_class
-    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors", ".md"}
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
     assert set(auto_map) == {"AutoConfig", *ARCHITECTURES[model_type].models}
     for reference in auto_map.values():

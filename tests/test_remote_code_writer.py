@@ -38,6 +38,7 @@ def test_only_what_is_needed_is_written_and_only_imports_change(toy):
     remote_code, architecture = toy()
     files = remote_code.flatten(architecture)
     assert sorted(files) == [
+        "configuration_model_card.py",
         "configuration_self_contained.py",
         "configuration_toy.py",
         "kernels_backend.py",
