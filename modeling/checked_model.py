@@ -30,11 +30,14 @@ class CheckedPreTrainedModel(DescribesItself, PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers.
+        """As in transformers, but that pickled weights (`pytorch_model.bin`) are read only with
+        `use_safetensors=False`.
 
         Raises:
+            OSError: there are no safetensors.
             ValueError: the weights are truncated or no safetensors file at all.
         """
+        kwargs.setdefault("use_safetensors", True)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:

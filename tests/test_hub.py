@@ -9,7 +9,10 @@ import re
 import pytest
 from helpers import ROOT, run_python, subprocess_without_package
 from hub_stub import Hub, running_hub
+from huggingface_hub import ModelCard
 from test_remote_code import IN_THE_OTHER_PROCESS, rows
+
+from hf_efficient.configuration.model_card import is_replaceable
 
 
 pytestmark = pytest.mark.slow
@@ -44,12 +47,12 @@ assert not any(module.partition(".")[0] == "hf_efficient" for module in sys.modu
 """
 )
 TRAIN = """
-def train(model, folder, **options):
+def train(model, folder, trainer_class=transformers.Trainer, **options):
     rows = [{"input_ids": torch.arange(8) + i, "labels": torch.arange(8) + i} for i in range(8)]
     arguments = transformers.TrainingArguments(
         folder, max_steps=2, save_steps=1, report_to=[], use_cpu=True, disable_tqdm=True, push_to_hub=True, **options
     )
-    trainer = transformers.Trainer(
+    trainer = trainer_class(
         model, arguments, train_dataset=rows, processing_class=transformers.ByT5Tokenizer()
     )
     trainer.train()
@@ -94,6 +97,7 @@ def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
             files = hub.files(name)
             kinds = {path.rpartition(".")[2] for path in files}
             assert kinds == {"py", "json", "safetensors", "md", "gitattributes"}, name
+            assert f'name = "{name}"' in files["README.md"].decode() and is_replaceable(files["README.md"].decode())
             large = [path for path, file in hub.repositories[name].head.files.items() if file.is_large]
             assert large == ["model.safetensors"]
             assert len(hub.repositories[name].head.history()) == 2  # the empty repository, and everything at once
@@ -105,6 +109,8 @@ def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
         for name in ("me/tuned-AutoModelForCausalLM", "me/again-AutoModelForCausalLM", "me/config"):
             assert code(hub.files(name)) == code(hub.files("me/performer-AutoModelForCausalLM")), name
             assert "me/performer" not in hub.files(name)["config.json"].decode()
+        for name in ("me/again-AutoModelForCausalLM", "me/config"):  # the card travels as well
+            assert f'name = "{name}"' in hub.files(name)["README.md"].decode()
 
         before = len(hub.requests)
         offline = reader | {"HF_HUB_OFFLINE": "1"}
@@ -117,20 +123,29 @@ PUSHES_OF_ONE_TRAINING = (
     + TRAIN
     + """
 import hf_efficient
+from huggingface_hub import HfApi, ModelCard
+from hf_efficient.model_card import WritesModelCard
+
+class Trainer(WritesModelCard, transformers.Trainer):
+    pass
+
 folder = Path(sys.argv[1])
 torch.manual_seed(0)
 config = hf_efficient.PerformerConfig(vocab_size=32, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
 model = hf_efficient.PerformerForCausalLM(config)
 trainer = train(
-    model, folder / "run", hub_model_id="me/notes", hub_strategy="every_save", hub_always_push=True
+    model, folder / "run", Trainer, hub_model_id="me/notes", hub_strategy="every_save", hub_always_push=True
 )
-trainer._finish_current_push()
-trainer.push_to_hub()
+trainer.push_to_hub(license="apache-2.0")
 torch.save(outputs(model.eval(), "AutoModelForCausalLM"), folder / "trained")
 with torch.no_grad():
     model.lm_head.weight.mul_(2)
 torch.save(outputs(model, "AutoModelForCausalLM"), folder / "doubled")
 model.push_to_hub("me/notes", commit_message="Second push")
+card = ModelCard.load("me/notes")
+card.text += "\\nWritten by me.\\n"
+card.push_to_hub("me/notes", commit_message="My card")
+model.push_to_hub("me/notes", commit_message="Third push", tags=["loud"])
 with torch.no_grad():
     model.lm_head.weight.mul_(2)
 model.push_to_hub("me/notes", revision="louder", commit_message="To a branch")
@@ -146,14 +161,25 @@ def test_trainer_second_push_and_branch(tmp_path):
         repository = hub.repositories["me/notes"]
         history = repository.head.history()[::-1]
         titles = [commit.title for commit in history]
-        assert titles[0] == "initial commit" and titles[-2:] == ["End of training", "Second push"]
-        assert set(titles[1:-2]) == {"Training in progress, step 1", "Training in progress, step 2"}
+        assert titles[0] == "initial commit" and titles[-4:] == [
+            "End of training",
+            "Second push",
+            "My card",
+            "Third push",
+        ]
+        assert set(titles[1:-4]) == {"Training in progress, step 1", "Training in progress, step 2"}
         assert [c.title for c in repository.at("louder").history()][:2] == ["Tokenizer", "To a branch"]
         for commit in history[1:]:  # also those that Trainer pushes on its way load by themselves
             module = json.loads(commit.files["config.json"].data)["auto_map"]["AutoModelForCausalLM"].partition(".")[0]
             imported = re.findall(rb"from \.(\w+) import", commit.files[f"{module}.py"].data)
             assert imported and all(f"{name.decode()}.py" in commit.files for name in imported), commit.title
             assert "tokenizer_config.json" in commit.files
+
+        trained, second, mine, third = (ModelCard(commit.files["README.md"].data.decode()) for commit in history[-4:])
+        assert trained.data.license == "apache-2.0" and "- learning_rate:" in trained.text
+        assert second.text == trained.text  # the figures stay
+        assert mine.text.endswith("Written by me.\n") and third.text == mine.text
+        assert third.data.tags == [*mine.data.tags, "loud"]
 
         by_title = {commit.title: commit.id for commit in history}
         subprocess_without_package(
