@@ -28,21 +28,22 @@ class TrainingFacts(NamedTuple):
     text: str  # markdown, headings from level 3 on
 
 
-# End of a class's name -> (task of the Hub, Auto class, what it is for).
+# End of a class's name -> (task of the Hub, what it is for).
 USES = {
-    "ForCausalLM": ("text-generation", "AutoModelForCausalLM", "continuing text, and fine-tuning for that"),
-    "ForMaskedLM": ("fill-mask", "AutoModelForMaskedLM", "filling in masked tokens, and fine-tuning as an encoder"),
+    "ForCausalLM": ("text-generation", "continuing text, and fine-tuning for that"),
+    "ForMaskedLM": ("fill-mask", "filling in masked tokens, and fine-tuning as an encoder"),
     "ForConditionalGeneration": (
         "text2text-generation",
-        "AutoModelForSeq2SeqLM",
         "turning one text into another, such as its summary or translation",
     ),
-    "ForSequenceClassification": ("text-classification", "AutoModelForSequenceClassification", "labelling sequences"),
-    "ForTokenClassification": ("token-classification", "AutoModelForTokenClassification", "labelling tokens"),
-    "ForQuestionAnswering": ("question-answering", "AutoModelForQuestionAnswering", "finding answers inside a text"),
-    "ForImageClassification": ("image-classification", "AutoModelForImageClassification", "labelling images"),
+    "ForSequenceClassification": ("text-classification", "labelling sequences"),
+    "ForTokenClassification": ("token-classification", "labelling tokens"),
+    "ForQuestionAnswering": ("question-answering", "finding answers inside a text"),
+    "ForImageClassification": ("image-classification", "labelling images"),
+    "ForImageTextToText": ("image-text-to-text", "writing text about images"),
+    "ForContinuousPrediction": ("time-series-forecasting", "predicting vectors of numbers"),
 }
-FEATURES = ("feature-extraction", "AutoModel", "hidden states, to put a head on")
+FEATURES = ("feature-extraction", "hidden states, to put a head on")
 
 _MARK = "<!-- written by hf_efficient; as soon as you edit it, it is yours and stays. {} -->"
 _UNTRAINED = "Nothing is known here about how these weights were trained."
@@ -72,12 +73,18 @@ def make_card(config, repository: str | None = None, training: TrainingFacts | N
     """
     facts = config.architecture_facts
     model_class = (config.architectures or [""])[0]
-    task, auto_class, use = next((USES[end] for end in USES if model_class.endswith(end)), FEATURES)
+    task, use = next((USES[end] for end in USES if model_class.endswith(end)), FEATURES)
+    entries = {
+        auto_class: reference.rpartition("--")[2]
+        for auto_class, reference in (getattr(config, "auto_map", None) or {}).items()
+        if isinstance(reference, str)
+    }
+    auto_class = next((auto for auto in entries if entries[auto].endswith(f".{model_class}")), "AutoModel")
     own_tags = ["hf_efficient", config.model_type, "custom_code", f"arxiv:{facts.arxiv}"]
     metadata = {"library_name": "transformers", "pipeline_tag": task}
     metadata |= {} if training is None else training.metadata
     metadata["tags"] = list(dict.fromkeys([*own_tags, *(metadata.get("tags") or []), *tags]))
-    entry_file = (
+    entry_file = entries.get(auto_class, "").partition(".")[0]
         ((getattr(config, "auto_map", None) or {}).get(auto_class) or "").rpartition("--")[2].partition(".")[0]
     )
     name = repository or "user/name"

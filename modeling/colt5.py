@@ -17,7 +17,6 @@ from torch import Tensor, nn
 from transformers.generation import GenerationMixin
 from transformers.modeling_outputs import (
     CausalLMOutputWithPast,
-    ImageClassifierOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
 )
@@ -33,7 +32,7 @@ from .colt5_stacks import (
     RoutedModelOutput,
 )
 from .encoder_decoder import EncoderDecoderBody, Seq2SeqLMHead
-from .heads import CausalLMHead, HeadOnBody, QuestionAnsweringHead, SequenceClassificationHead
+from .heads import CausalLMHead, ImageClassificationHead, QuestionAnsweringHead, SequenceClassificationHead
 from .input_checks import check_inputs
 from .pooling import pool_hidden_states
 from .token_router import Routing
@@ -196,12 +195,10 @@ class CoLT5ForCausalLM(T5Head, CausalLMHead, CoLT5PreTrainedModel, GenerationMix
         return config.part(**CAUSAL)
 
 
-class CoLT5ForImageClassification(HeadOnBody, CoLT5PreTrainedModel):
+class CoLT5ForImageClassification(ImageClassificationHead, CoLT5PreTrainedModel):
     """One label for an image: routed blocks over its patches, the mean of their states, a norm and a linear layer."""
 
     body_class = CoLT5ImageEncoder
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
 
     @classmethod
     def head_config(cls, config: CoLT5Config) -> CoLT5Config:
@@ -213,18 +210,8 @@ class CoLT5ForImageClassification(HeadOnBody, CoLT5PreTrainedModel):
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
 
-    @can_return_tuple
-    def forward(
-        self, pixel_values: Tensor, labels: Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> ImageClassifierOutput:
-        """Logits `[B, num_labels]` for `pixel_values` `[B, num_channels, height, width]`; `labels` `[B]` ids."""
-        outputs = self.model(pixel_values, **kwargs)
-        pooled = self.model.norm(outputs.last_hidden_state.mean(dim=(1, 2)))
-        logits = self.classifier(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return ImageClassifierOutput(loss=loss, logits=logits, hidden_states=outputs.hidden_states)
+    def classify(self, hidden_states: Tensor) -> Tensor:
+        return self.classifier(self.dropout(self.model.norm(hidden_states.mean(dim=(1, 2)))))
 
 
 def check_image_sizes(config: CoLT5Config) -> None:

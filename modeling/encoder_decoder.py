@@ -102,9 +102,13 @@ class PairOfStacks(EncoderDecoderBody):
             raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
         if config.share_embeddings:
             self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = self.stack_class(config.encoder_config())
+        self.encoder = self.make_encoder(config)
         self.decoder = self.stack_class(config.decoder_config())
         self.post_init()
+
+    def make_encoder(self, config):
+        """What the decoder reads."""
+        return self.stack_class(config.encoder_config())
 
     def set_input_embeddings(self, new_embeddings):
         super().set_input_embeddings(new_embeddings)

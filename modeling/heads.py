@@ -19,6 +19,7 @@ from torch import nn
 from transformers.cache_utils import Cache
 from transformers.modeling_outputs import (
     CausalLMOutputWithCrossAttentions,
+    ImageClassifierOutput,
     MaskedLMOutput,
     QuestionAnsweringModelOutput,
     SequenceClassifierOutput,
@@ -226,6 +227,35 @@ class TokenClassificationHead(ClassificationHead):
         return TokenClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
         )
+
+
+class ImageClassificationHead(ClassificationHead):
+    """One label for an image, read from the pooled states of its patches (`config.classifier_pooling`)."""
+
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+
+    @can_return_tuple
+    def forward(
+        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> ImageClassifierOutput:
+        """Logits `[B, num_labels]` for `pixel_values` `[B, num_channels, height, width]`.
+
+        Args:
+            labels: `[B]` ids, or floats for regression and several labels.
+        """
+        outputs = self.model(pixel_values, **kwargs)
+        logits = self.classify(outputs.last_hidden_state)
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
+        return ImageClassifierOutput(
+            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
+        )
+
+    def classify(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `[B, num_labels]` of the states of the patches."""
+        return self.score(self.dropout(pool_hidden_states(hidden_states, None, self.config.classifier_pooling)))
 
 
 class QuestionAnsweringHead(HeadOnBody):
