@@ -85,8 +85,6 @@ def make_card(config, repository: str | None = None, training: TrainingFacts | N
     metadata |= {} if training is None else training.metadata
     metadata["tags"] = list(dict.fromkeys([*own_tags, *(metadata.get("tags") or []), *tags]))
     entry_file = entries.get(auto_class, "").partition(".")[0]
-        ((getattr(config, "auto_map", None) or {}).get(auto_class) or "").rpartition("--")[2].partition(".")[0]
-    )
     name = repository or "user/name"
     figures = _UNTRAINED if training is None else training.text
     text = f"""
