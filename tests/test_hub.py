@@ -235,9 +235,9 @@ def test_an_interrupted_upload_leaves_the_last_whole_commit(tmp_path):
             name: [commit.title for commit in repository.head.history()]
             for name, repository in hub.repositories.items()
         }
-        assert titles["me/lost-connection"] == ["Second push", "Upload model", "initial commit"]
-        assert titles["me/no-room"] == titles["me/dropped-commit"] == ["Upload model", "initial commit"]
-        assert titles["me/no-commit"] == ["Third push", "Upload model", "initial commit"]
+        assert titles["me/lost-connection"] == ["Second push", "Upload PerformerForCausalLM", "initial commit"]
+        assert titles["me/no-room"] == titles["me/dropped-commit"] == ["Upload PerformerForCausalLM", "initial commit"]
+        assert titles["me/no-commit"] == ["Third push", "Upload PerformerForCausalLM", "initial commit"]
         whole = hub.files("me/lost-connection", hub.repositories["me/lost-connection"].head.parent.id)
         for name in ("me/no-room", "me/dropped-commit"):
             assert hub.files(name) == whole
