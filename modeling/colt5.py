@@ -24,23 +24,20 @@ from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.colt5 import CoLT5Config
 from .colt5_stacks import (
+    CAUSAL,
+    ENCODER_DECODER,
+    ENCODER_ONLY,
     CoLT5CausalDecoder,
     CoLT5Decoder,
     CoLT5Encoder,
-    CoLT5ImageEncoder,
     CoLT5PreTrainedModel,
     RoutedModelOutput,
 )
 from .encoder_decoder import EncoderDecoderBody, Seq2SeqLMHead
-from .heads import CausalLMHead, ImageClassificationHead, QuestionAnsweringHead, SequenceClassificationHead
+from .heads import CausalLMHead, QuestionAnsweringHead, SequenceClassificationHead
 from .input_checks import check_inputs
 from .pooling import pool_hidden_states
 from .token_router import Routing
-
-
-ENCODER_ONLY = {"is_encoder_decoder": False, "is_decoder": False}
-CAUSAL = {"is_encoder_decoder": False, "is_decoder": True}
-ENCODER_DECODER = {"is_encoder_decoder": True, "is_decoder": False}
 
 
 @dataclass
@@ -193,35 +190,3 @@ class CoLT5ForCausalLM(T5Head, CausalLMHead, CoLT5PreTrainedModel, GenerationMix
     @classmethod
     def head_config(cls, config: CoLT5Config) -> CoLT5Config:
         return config.part(**CAUSAL)
-
-
-class CoLT5ForImageClassification(ImageClassificationHead, CoLT5PreTrainedModel):
-    """One label for an image: routed blocks over its patches, the mean of their states, a norm and a linear layer."""
-
-    body_class = CoLT5ImageEncoder
-
-    @classmethod
-    def head_config(cls, config: CoLT5Config) -> CoLT5Config:
-        check_image_sizes(config)
-        return config.part(**ENCODER_ONLY)
-
-    def add_head(self, config: CoLT5Config) -> None:
-        self.num_labels = config.num_labels
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-
-    def classify(self, hidden_states: Tensor) -> Tensor:
-        return self.classifier(self.dropout(self.model.norm(hidden_states.mean(dim=(1, 2)))))
-
-
-def check_image_sizes(config: CoLT5Config) -> None:
-    """Patches and windows divide the images.
-
-    Raises:
-        ValueError: otherwise.
-    """
-    size = config.patch_size * config.image_window_size
-    if config.image_size % size:
-        raise ValueError(
-            f"image_size must be a multiple of patch_size · image_window_size ({size}), got {config.image_size}"
-        )

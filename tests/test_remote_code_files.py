@@ -40,8 +40,9 @@ def test_exactly_what_the_class_needs_travels(model_type, reference):
 
 
 def test_a_head_for_text_takes_no_code_for_images_along():
-    _, files = travelling(ARCHITECTURES["x_transformer"], ["XTransformerForCausalLM"])
-    assert not [name for name in files if "image" in name]
+    for model_type, class_name in (("x_transformer", "XTransformerForCausalLM"), ("colt5", "CoLT5ForCausalLM")):
+        models, files = travelling(ARCHITECTURES[model_type], [class_name])
+        assert "AutoModelForCausalLM" in models and not [name for name in files if "image" in name]
     models, files = travelling(ARCHITECTURES["x_transformer"], ["XTransformerForImageTextToText"])
     assert "modeling_x_transformer_images.py" in files and "AutoModelForImageClassification" in models
 
