@@ -61,6 +61,8 @@ from .x_transformer_embeddings import (
 )
 from .x_transformer_inputs import (
     check_cache,
+    check_encoder_mask,
+    check_memory_place,
     hide_at_random,
     prefix_start,
     real_tokens,
@@ -222,6 +224,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
                 layer.prefix_length, layer.first_length = memory, first_length
             first_length = layers[0].first_length
         start = prefix_start(mask, first_length)
+        config = self.config
+        if not is_first and (config.position_bias or config.sliding_window or config.shift_tokens):
+            check_memory_place(mask, start, first_length)
         mask = with_memory(mask, memory, start)
         position_ids = position_ids + memory
         if is_first:
@@ -252,6 +257,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
     def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
         if encoder_hidden_states is None:
             return None
+        check_encoder_mask(encoder_attention_mask, encoder_hidden_states)
         mask, share = real_tokens(encoder_attention_mask), self.config.encoder_token_dropout
         if self.training and share:
             mask = hide_at_random(mask, encoder_hidden_states, share, keep_first=True)

@@ -2,6 +2,7 @@
 
 import torch
 
+from .input_checks import can_look
 from .softmax_attention import Visibility
 from .x_transformer_embeddings import insert_prefix
 
@@ -28,6 +29,20 @@ def check_cache(past_key_values, config) -> None:
         )
 
 
+def check_encoder_mask(encoder_attention_mask: torch.Tensor | None, encoder_hidden_states: torch.Tensor) -> None:
+    """One value for each of the encoder's states.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    expected = tuple(encoder_hidden_states.shape[:2])
+    if encoder_attention_mask is not None and tuple(encoder_attention_mask.shape) != expected:
+        raise ValueError(
+            f"encoder_attention_mask must have shape {expected} (batch, encoder tokens), got "
+            f"{tuple(encoder_attention_mask.shape)}"
+        )
+
+
 def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
     """`[B, everything seen]` bool, or None where there is no padding."""
     if attention_mask is None:
@@ -46,6 +61,24 @@ def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor |
     # The first real token; a row that begins with nothing but padding has its prefix behind that.
     first = torch.cat([mask[:, :first_length], mask.new_ones(mask.shape[0], 1)], dim=1)
     return first.int().argmax(dim=1)
+
+
+def check_memory_place(mask: torch.Tensor | None, start: torch.Tensor | None, first_length: int) -> None:
+    """The first call, of `first_length` tokens, has reached the first real token of every row.
+
+    Raises:
+        ValueError: otherwise: memory tokens stand right before that token and cannot be moved in a cache, which
+            biases, windows and token shifts would notice (rotary positions are told apart from slots).
+    """
+    if mask is None or not can_look(mask) or first_length >= mask.shape[1]:
+        return
+    late = (start == first_length) & ~mask[:, first_length]
+    if late.any():
+        raise ValueError(
+            "memory tokens stand right before the first real token of each row, so the first call must reach it; row "
+            f"{int(late.int().argmax())} begins with more padding than that call had tokens ({first_length}): use a "
+            "larger prefill_chunk_size"
+        )
 
 
 def with_memory(mask: torch.Tensor | None, memory: int, start: torch.Tensor | None) -> torch.Tensor | None:
