@@ -24,6 +24,7 @@ class Head:
     build: Callable[[str], PreTrainedModel]
     contract: Sequence[str]
     cached_only: Sequence[str] = ()
+    encoder_decoder: bool = False
     # A short row and a long one; prompts are made of these.
     lengths: tuple[int, int] = (3, 7)
     # Variants whose windows do not reach from the end of a generated text back to its beginning.
@@ -54,7 +55,7 @@ HEADS = {
         short_sighted=["local heads only"],
     ),
     "PerformerForConditionalGeneration": Head(
-        generation_models.encoder_decoder_model, list(generation_models.ENCODER_DECODER)
+        generation_models.encoder_decoder_model, list(generation_models.ENCODER_DECODER), encoder_decoder=True
     ),
     "XTransformerForCausalLM": Head(
         x_transformer_models.causal_model,
@@ -65,18 +66,20 @@ HEADS = {
     "XTransformerForConditionalGeneration": Head(
         x_transformer_models.encoder_decoder_model,
         x_transformer_models.SOME,
+        encoder_decoder=True,
         short_sighted=["window", "window and scores", "much at once"],
     ),
     "CoLT5ForCausalLM": Head(
         colt5_models.causal_model,
-        (*_COLT5, "window of one"),
-        _without(colt5_models.CAUSAL, *_COLT5, "window of one"),
+        (*_COLT5[:3], "window of one"),
+        _without(colt5_models.CAUSAL, *_COLT5[:3], "window of one"),
         lengths=(3, 17),
     ),
     "CoLT5ForConditionalGeneration": Head(
         colt5_models.conditional_model,
         (*_COLT5, "deeper decoder"),
         _without(colt5_models.DECODERS, *_COLT5, "deeper decoder"),
+        encoder_decoder=True,
         lengths=(23, 40),
     ),
     "PerceiverFlashForCausalLM": Head(
@@ -87,6 +90,32 @@ HEADS = {
         latents_only=True,
     ),
 }
+
+
+STRATEGIES = {
+    "greedy": {},
+    "sampling": {"do_sample": True},
+    "top-k, top-p, temperature": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3},
+    "beams": {"num_beams": 3},
+    "several beams returned": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
+    "beam sampling": {"num_beams": 3, "do_sample": True},
+    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+}
+KINDS = ("greedy", "top-k, top-p, temperature", "beams", "beam sampling")
+# transformers 5 keeps these in repositories of their own, which `generate` fetches if it may run their code.
+MOVED_OUT = {
+    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
+    "group beam search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
+    "constrained beam search": {"num_beams": 3, "force_words_ids": [[5]]},
+    "dola generation": {"dola_layers": "low"},
+}
+
+
+def strategies_for(head, variant):
+    """All for the first variants of a head, one of each kind for others of the contract."""
+    first, others = HEADS[head].contract[:3], HEADS[head].contract[3:]
+    return STRATEGIES if variant in first else KINDS if variant in others else ("greedy", "beams")
 
 
 class Decoder:
@@ -160,6 +189,15 @@ class Decoder:
             assert cache.get_seq_length() == start
         return torch.cat(logits, dim=1)
 
+    def assert_remembers(self, cache, ids: torch.Tensor, what: str, rows=None) -> None:
+        """The cache holds `ids`: what comes next gets the logits that it gets after `ids` without a cache."""
+        following = tokens(len(ids), 5, seed=9)
+        whole = self.whole(torch.cat((ids, following), dim=1), rows=rows)[:, -1:]
+        logits = self.feed(cache, following, [1, 3, 1], rows=rows)[:, -1:]
+        torch.testing.assert_close(
+            logits, whole, rtol=0, atol=1e-10 * whole.abs().max().item(), msg=lambda text: f"{what}: {text}"
+        )
+
     def _forward(self, model, ids, mask, start, _rows, **keywords):
         if mask is not None:
             end = start + ids.shape[1]
@@ -210,5 +248,11 @@ class EncoderDecoder(Decoder):
 
 @cache
 def ask(head: str, variant: str) -> Decoder:
-    model = HEADS[head].build(variant)
-    return (EncoderDecoder if model.config.is_encoder_decoder else Decoder)(head, variant)
+    return (EncoderDecoder if HEADS[head].encoder_decoder else Decoder)(head, variant)
+
+
+# (head, variant)
+CONTRACT = [(head, variant) for head, row in HEADS.items() for variant in row.contract]
+CACHED_ONLY = [(head, variant) for head, row in HEADS.items() for variant in row.cached_only]
+DECODERS = [case for case in CONTRACT if not HEADS[case[0]].encoder_decoder]
+ENCODER_DECODERS = [case for case in CONTRACT if case not in DECODERS]

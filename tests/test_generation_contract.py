@@ -9,39 +9,14 @@ this file stands in its place, and also holds that a cached step never computes 
 import copy
 import functools
 
+import generation_heads as table
 import pytest
+import tiny_heads
 import torch
-from generation_heads import HEADS, ask
 from generation_models import NEW_TOKENS, assert_one_at_a_time, assert_same, run, tokens
 from helpers import assert_within_budget
 from transformers import QuantizedCache, StaticCache
 from transformers.cache_utils import DynamicLayer
-from transformers.generation import GenerationMixin
-
-from hf_efficient.registry import ARCHITECTURES, resolve
-
-
-STRATEGIES = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "top-k, top-p, temperature": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
-    "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 3},
-    "several beams returned": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
-    "beam sampling": {"num_beams": 3, "do_sample": True},
-    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
-}
-# transformers 5 keeps these in repositories of their own, which `generate` fetches if it may run their code.
-MOVED_OUT = {
-    "contrastive search": {"penalty_alpha": 0.6, "top_k": 4},
-    "group beam search": {"num_beams": 4, "num_beam_groups": 2, "diversity_penalty": 0.5},
-    "constrained beam search": {"num_beams": 3, "force_words_ids": [[5]]},
-    "dola generation": {"dola_layers": "low"},
-}
-CONTRACT = [(head, variant) for head, row in HEADS.items() for variant in row.contract]
-CACHED_ONLY = [(head, variant) for head, row in HEADS.items() for variant in row.cached_only]
-DECODERS = [case for case in CONTRACT if not ask(*case).model.config.is_encoder_decoder]
-ENCODER_DECODERS = [case for case in CONTRACT if case not in DECODERS]
 
 
 def held_to(cases):
@@ -50,22 +25,36 @@ def held_to(cases):
 
 @pytest.fixture
 def asked(request):
-    return ask(*request.param)
+    return table.ask(*request.param)
 
 
 @functools.cache
 def by_definition(asked, strategy="greedy"):
     """What the prompt has to give, in whatever way it is asked."""
-    return run(asked.model, **asked.prompt(), use_cache=False, **STRATEGIES[strategy])
+    return run(asked.model, **asked.prompt(), use_cache=False, **table.STRATEGIES[strategy])
 
 
-contract = held_to(CONTRACT)
+def about(strategy):
+    return pytest.mark.matrix("beams" if "num_beams" in table.STRATEGIES[strategy] else "greedy, sampling")
+
+
+@pytest.fixture
+def refused(record_property):
+    """As `pytest.raises`; docs/matrix.md says that the cell is refused, if nothing else in it works."""
+
+    def refused(error, match):
+        record_property("matrix_cell", "refused")
+        return pytest.raises(error, match=match)
+
+    return refused
+
+
+contract = held_to(table.CONTRACT)
 
 
 def test_every_head_that_generates_has_a_row():
-    references = {name for row in ARCHITECTURES.values() for name in (*row.models.values(), *row.others)}
-    generating = {cls.__name__ for cls in map(resolve, references) if issubclass(cls, GenerationMixin)}
-    assert set(HEADS) == generating, "tests/generation_heads.py holds exactly the heads that generate"
+    generating = {name for name, head in tiny_heads.HEADS.items() if head.generates}
+    assert set(table.HEADS) == generating, "tests/generation_heads.py holds exactly the heads that generate"
 
 
 @contract
@@ -92,20 +81,20 @@ def test_models_are_decisive(asked):
 @pytest.mark.parametrize(
     "asked, strategy",
     [
-        pytest.param(case, strategy, id="-".join((*case, strategy)))
-        for cases, strategies in ((CONTRACT, STRATEGIES), (CACHED_ONLY, ("greedy", "beams")))
-        for case in cases
-        for strategy in strategies
+        pytest.param(case, strategy, id="-".join((*case, strategy)), marks=about(strategy))
+        for case in table.CONTRACT + table.CACHED_ONLY
+        for strategy in table.strategies_for(*case)
     ],
     indirect=["asked"],
 )
 def test_cached_equals_uncached(asked, strategy):
     prompt = asked.prompt()
-    cached = run(asked.model, **prompt, **STRATEGIES[strategy])
+    cached = run(asked.model, **prompt, **table.STRATEGIES[strategy])
     assert_same(cached, by_definition(asked, strategy), strategy)
     assert_one_at_a_time(cached, asked.shown(prompt))
 
 
+@pytest.mark.matrix("padding")
 @contract
 def test_a_padded_batch_equals_its_rows(asked):
     lengths = [asked.short, asked.long, (asked.short + asked.long) // 2]
@@ -117,6 +106,7 @@ def test_a_padded_batch_equals_its_rows(asked):
         assert_within_budget(batch.logits[:, row], alone.logits[:, 0].double(), alone.logits[:, 0], f"row {row}")
 
 
+@pytest.mark.matrix("padding")
 @contract
 def test_rows_that_end_early(asked):
     """A finished row is fed padding while the others go on."""
@@ -127,15 +117,16 @@ def test_rows_that_end_early(asked):
     assert (cached.sequences[0, cached.sequences.shape[1] - len(cached.logits) + 4 :] == 0).all()
 
 
+@pytest.mark.matrix("prompt lookup")
 @contract
-def test_prompt_lookup(asked):
+def test_prompt_lookup(asked, refused):
     """A prompt that repeats itself, so that candidates are found; most are wrong and have to be taken back."""
     prompt = asked.prompt(asked.long)
     if not asked.model.config.is_encoder_decoder:
         prompt = {"ids": tokens(1, 4).repeat(1, 3)}
     options = {"prompt_lookup_num_tokens": 3, "max_matching_ngram_size": 1}
     if asked.model._is_stateful:
-        with pytest.raises(ValueError, match="assisted generation is not supported"):
+        with refused(ValueError, match="assisted generation is not supported"):
             run(asked.model, **prompt, **options)
         return
     looked_up = run(asked.model, **prompt, **options)
@@ -144,9 +135,10 @@ def test_prompt_lookup(asked):
     assert_same(looked_up, run(asked.model, **prompt, use_cache=False), "prompt lookup")
 
 
+@pytest.mark.matrix("assistant")
 @contract
 @pytest.mark.parametrize("noise", [0.0, 0.05])
-def test_assistant_model(asked, noise):
+def test_assistant_model(asked, noise, refused):
     """An assistant that is always right, and one that is now and then."""
     prompt, assistant = asked.prompt(asked.long), copy.deepcopy(asked.model)
     with torch.no_grad():
@@ -156,7 +148,7 @@ def test_assistant_model(asked, noise):
         num_assistant_tokens=4, num_assistant_tokens_schedule="constant", assistant_confidence_threshold=0.0
     )
     if asked.model._is_stateful:
-        with pytest.raises(ValueError, match="assisted generation is not supported"):
+        with refused(ValueError, match="assisted generation is not supported"):
             run(asked.model, **prompt, assistant_model=assistant)
         return
     assisted = run(asked.model, **prompt, assistant_model=assistant)
@@ -167,13 +159,15 @@ def test_assistant_model(asked, noise):
         assert len(assisted.lengths) <= most, f"right candidates were refused: {assisted.lengths}"
 
 
-@held_to([(head, row.contract[0]) for head, row in HEADS.items()])
-@pytest.mark.parametrize("mode", MOVED_OUT)
-def test_modes_that_transformers_moved_out_are_refused_by_name(asked, mode):
-    with pytest.raises(ValueError, match=f"(?i){mode} requires `trust_remote_code=True`"):
-        run(asked.model, **asked.prompt(), **MOVED_OUT[mode])
+@pytest.mark.matrix("group, contrastive")
+@held_to([(head, row.contract[0]) for head, row in table.HEADS.items()])
+@pytest.mark.parametrize("mode", table.MOVED_OUT)
+def test_modes_that_transformers_moved_out_are_refused_by_name(asked, mode, refused):
+    with refused(ValueError, match=f"(?i){mode} requires `trust_remote_code=True`"):
+        run(asked.model, **asked.prompt(), **table.MOVED_OUT[mode])
 
 
+@pytest.mark.matrix("continued")
 @contract
 def test_continued_from_a_cache(asked):
     prompt = asked.prompt()
@@ -184,6 +178,7 @@ def test_continued_from_a_cache(asked):
     assert rest.sequences.tolist() == by_definition(asked).sequences.tolist()
 
 
+@pytest.mark.matrix("continued")
 @contract
 def test_next_turn_of_a_conversation(asked):
     """The cache goes on with what was generated and five tokens that were not."""
@@ -196,13 +191,14 @@ def test_next_turn_of_a_conversation(asked):
     assert_same(second, run(asked.model, **turn, use_cache=False), "second turn")
 
 
-@held_to(DECODERS)
+@pytest.mark.matrix("chunked prefill")
+@held_to(table.DECODERS)
 @pytest.mark.parametrize("chunk", [1, 3])
-def test_chunked_prefill(asked, chunk):
+def test_chunked_prefill(asked, chunk, refused):
     """The first chunks are all padding for one of the rows."""
     prompt = asked.prompt()
     if asked.first_call_reaches_every_row:
-        with pytest.raises(ValueError, match="memory tokens"):
+        with refused(ValueError, match="memory tokens"):
             run(asked.model, **prompt, prefill_chunk_size=chunk)
         prompt = asked.prompt(asked.long, asked.long)
     chunked = run(asked.model, **prompt, prefill_chunk_size=chunk)
@@ -211,25 +207,28 @@ def test_chunked_prefill(asked, chunk):
     assert chunked.lengths == prefill + [1] * (NEW_TOKENS - 1)
 
 
-@held_to(ENCODER_DECODERS)
-def test_chunked_prefill_of_a_target_is_refused(asked):
+@pytest.mark.matrix("chunked prefill")
+@held_to(table.ENCODER_DECODERS)
+def test_chunked_prefill_of_a_target_is_refused(asked, refused):
     """transformers cuts the mask of the encoder's input to the length of the chunk, which nobody can mean."""
     prompt = asked.started(asked.prompt())
     del prompt["decoder_attention_mask"]
-    with pytest.raises(ValueError, match=r"mask must have shape \(2, \d+\).*got \(2, 3\)"):
+    with refused(ValueError, match=r"mask must have shape \(2, \d+\).*got \(2, 3\)"):
         run(asked.model, **prompt, prefill_chunk_size=3)
 
 
+@pytest.mark.matrix("static")
 @contract
 @pytest.mark.parametrize("strategy", ["greedy", "beams"])
 def test_static_cache(asked, strategy):
     prompt = asked.prompt()
-    static = run(asked.model, **prompt, cache_implementation="static", **STRATEGIES[strategy])
+    static = run(asked.model, **prompt, cache_implementation="static", **table.STRATEGIES[strategy])
     assert isinstance(static.decoder_cache, StaticCache)
     assert_same(static, by_definition(asked, strategy), "static cache")
     assert_one_at_a_time(static, asked.shown(prompt))
 
 
+@pytest.mark.matrix("static")
 @contract
 def test_a_cache_is_used_again(asked):
     """`reset` leaves nothing of the first prompt behind."""
@@ -240,34 +239,36 @@ def test_a_cache_is_used_again(asked):
     assert_same(again, by_definition(asked), "a static cache used again")
 
 
+@pytest.mark.matrix("offloaded")
 @contract
 @pytest.mark.parametrize("implementation", ["offloaded", "offloaded_static"])
-def test_offloaded_cache(asked, implementation):
+def test_offloaded_cache(asked, implementation, refused):
     """Keys and values that grow are moved by CUDA streams; states and windows, being small, stay where they are."""
     model, prompt = asked.model, asked.prompt()
     if torch.cuda.is_available():
         model = copy.deepcopy(model).cuda()
         prompt = {name: value.cuda() for name, value in prompt.items()}
     elif not asked.row.latents_only and any(isinstance(layer, DynamicLayer) for layer in asked.layers()):
-        with pytest.raises((AssertionError, RuntimeError), match="CUDA"):
+        with refused((AssertionError, RuntimeError), match="CUDA"):
             run(model, **prompt, cache_implementation=implementation)
         return
     offloaded = run(model, **prompt, cache_implementation=implementation)
     assert_same(offloaded, run(model, **prompt, use_cache=False), implementation)
 
 
+@pytest.mark.matrix("quantised")
 @contract
 @torch.no_grad()
-def test_quantized_cache(asked):
+def test_quantized_cache(asked, refused):
     """transformers quantises keys and values of full attention, in decoders; what else there is it refuses."""
     model, prompt = asked.model, asked.prompt()
     options = {"cache_implementation": "quantized", "cache_config": {"backend": "fp8"}}
     if model.config.is_encoder_decoder:
-        with pytest.raises(ValueError, match="does not support the quantized cache"):
+        with refused(ValueError, match="does not support the quantized cache"):
             run(model, **prompt, **options)
         return
     if any(type(layer) is not DynamicLayer for layer in asked.layers()):
-        with pytest.raises(ValueError, match="only supported for models with only full attention layers"):
+        with refused(ValueError, match="only supported for models with only full attention layers"):
             run(model, **prompt, **options)
         return
     cache = run(model, **prompt, **options).cache
@@ -280,6 +281,7 @@ def test_quantized_cache(asked):
     assert 0 < (logits - whole).abs().max() < 0.2 * whole.std()
 
 
+@pytest.mark.matrix("inputs_embeds")
 @contract
 def test_inputs_embeds(asked):
     prompt = asked.prompt()
@@ -290,7 +292,8 @@ def test_inputs_embeds(asked):
     assert_one_at_a_time(embedded, asked.shown(prompt))
 
 
-@held_to(ENCODER_DECODERS)
+@pytest.mark.matrix("several tokens")
+@held_to(table.ENCODER_DECODERS)
 def test_given_start_of_the_target(asked):
     prompt = asked.started(asked.prompt())
     cached = run(asked.model, **prompt)
@@ -298,7 +301,8 @@ def test_given_start_of_the_target(asked):
     assert_same(cached, run(asked.model, **prompt, use_cache=False), "given start")
 
 
-@held_to(ENCODER_DECODERS)
+@pytest.mark.matrix("inputs_embeds")
+@held_to(table.ENCODER_DECODERS)
 def test_the_encoder_runs_once_or_not_at_all(asked):
     prompt, calls = asked.prompt(), []
     handle = asked.model.get_encoder().register_forward_hook(lambda *_: calls.append(1))
@@ -317,10 +321,11 @@ def test_the_encoder_runs_once_or_not_at_all(asked):
 # The cache itself, without `generate`
 
 
-@held_to(CONTRACT + CACHED_ONLY)
+@pytest.mark.matrix("several tokens")
+@held_to(table.CONTRACT + table.CACHED_ONLY)
 @pytest.mark.parametrize(
     "kind, split",
-    [("dynamic", [1] * 14), ("dynamic", [5, 4, 3, 2]), ("dynamic", [1, 6, 1, 6]), ("static", [5, 1, 1, 7])],
+    [("dynamic", [1] * 14), ("dynamic", [5, 4, 3, 2]), ("static", [5, 1, 1, 7])],
     ids=str,
 )
 @torch.no_grad()
@@ -336,6 +341,7 @@ def test_several_tokens_per_step(asked, kind, split):
     torch.testing.assert_close(pieces[real], whole[real], rtol=0, atol=1e-10 * whole[real].abs().max().item())
 
 
+@pytest.mark.matrix("several tokens")
 @contract
 @torch.no_grad()
 def test_several_tokens_per_step_in_float32(asked):
@@ -349,16 +355,7 @@ def test_several_tokens_per_step_in_float32(asked):
         assert_within_budget(pieces, oracle, whole, f"split {split}")
 
 
-def assert_remembers(asked, cache, ids, what, rows=None):
-    """The cache holds `ids`: what comes next gets the logits that it gets after `ids` without a cache."""
-    following = tokens(len(ids), 5, seed=9)
-    whole = asked.whole(torch.cat((ids, following), dim=1), rows=rows)[:, -1:]
-    logits = asked.feed(cache, following, [1, 3, 1], rows=rows)[:, -1:]
-    torch.testing.assert_close(
-        logits, whole, rtol=0, atol=1e-10 * whole.abs().max().item(), msg=lambda m: f"{what}: {m}"
-    )
-
-
+@pytest.mark.matrix("beams")
 @contract
 @pytest.mark.parametrize("kind", ["dynamic", "static"])
 @torch.no_grad()
@@ -374,15 +371,16 @@ def test_rows_reordered_repeated_and_selected(asked, kind):
         cache = asked.cache(kind)
         asked.feed(cache, ids, [13])
         change(cache)
-        assert_remembers(asked, cache, ids[rows], what, rows)
+        asked.assert_remembers(cache, ids[rows], what, rows)
 
 
+@pytest.mark.matrix("assistant")
 @contract
 @torch.no_grad()
 def test_crop_again_and_again(asked):
     """As assisted decoding does it: candidates come, some are taken back, others come in their place."""
     if asked.model._is_stateful:
-        return  # and assisted decoding is refused
+        pytest.skip("assisted decoding is refused")
     ids, wrong = tokens(2, 22), tokens(2, 22, seed=3)
     cache = asked.cache("dynamic")
     cache.activate_past_recording()
@@ -393,4 +391,4 @@ def test_crop_again_and_again(asked):
         asked.feed(cache, candidates, [2, 3])
         cache.crop(right - 5)
         assert cache.get_seq_length() == start + right
-    assert_remembers(asked, cache, ids[:, :17], "crops in a row")
+    asked.assert_remembers(cache, ids[:, :17], "crops in a row")

@@ -28,7 +28,8 @@ TASKS = {
 # T5Model neither: the pipeline gives no inputs to a decoder.
 WITHOUT = {"CoLT5Model"}
 PIPED = [name for name, head in HEADS.items() if head.auto_class in TASKS and name not in WITHOUT]
-TEXTS = ["Gold is where you find it.", "Yes."]
+TEXTS = ["Gold is where.", "Yes."]
+MASKED = [f"Gold {TOKENIZER.mask_token}s where.", f"Y{TOKENIZER.mask_token}s."]
 TOKENIZER_OPTIONS = {"pad_token_id": 0, "eos_token_id": 1, "vocab_size": len(TOKENIZER)}
 
 # What is compared, made of a pipeline's answer about one text: lists of numbers.
@@ -73,7 +74,9 @@ def make(head):
     """With weights that spread what the model says, so that numbers can differ."""
     torch.manual_seed(0)
     row = HEADS[head]
-    model = row.model_class(row.config(**TOKENIZER_OPTIONS, tie_word_embeddings=False)).eval()
+    # The pipeline opens every picture as RGB.
+    channels = {"num_channels": 3} if row.auto_class == "AutoModelForImageClassification" else {}
+    model = row.model_class(row.config(**TOKENIZER_OPTIONS, **channels, tie_word_embeddings=False)).eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
             if weight.dim() > 1:
@@ -83,7 +86,7 @@ def make(head):
 
 def images():
     generator = torch.Generator().manual_seed(5)
-    size = (2, IMAGE_SIZE, IMAGE_SIZE)
+    size = (2, IMAGE_SIZE, IMAGE_SIZE, 3)
     return [Image.fromarray(image.numpy()) for image in torch.randint(256, size, generator=generator).byte()]
 
 
@@ -92,15 +95,11 @@ def answers(tmp_path_factory):
     """By head: the model, what its pipeline said about all inputs at once, and about each by itself."""
     folder = tmp_path_factory.mktemp("saved")
     models = {name: make(name) for name in PIPED}
-    processor = ViTImageProcessor(
-        do_resize=False, image_mean=[0.5], image_std=[0.5], size={"height": IMAGE_SIZE, "width": IMAGE_SIZE}
-    )
+    processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for name, model in models.items():
         auto_class, saved = HEADS[name].auto_class, folder / name
         model.save_pretrained(saved)
-        inputs = [text.replace("is", TOKENIZER.mask_token).replace("e", TOKENIZER.mask_token, 1) for text in TEXTS]
-        if TASKS[auto_class] != "fill-mask":
-            inputs = TEXTS
+        inputs = MASKED if TASKS[auto_class] == "fill-mask" else TEXTS
         if TASKS[auto_class] == "image-classification":
             processor.save_pretrained(saved)
             inputs = [str(saved / f"{index}.png") for index in range(2)]
@@ -120,8 +119,8 @@ def answers(tmp_path_factory):
 def by_the_model(task, model, text):
     """What the model says about the tokens of one text, or about one image."""
     if task == "image-classification":
-        pixels = torch.tensor(list(Image.open(text).getdata())).view(1, 1, IMAGE_SIZE, IMAGE_SIZE) / 127.5 - 1
-        scores = model(pixel_values=pixels).logits.softmax(-1)[0]
+        pixels = torch.tensor(list(Image.open(text).getdata())).view(1, IMAGE_SIZE, IMAGE_SIZE, 3) / 127.5 - 1
+        scores = model(pixel_values=pixels.permute(0, 3, 1, 2)).logits.softmax(-1)[0]
         return [[label, scores[label].item()] for label in scores.argsort(descending=True).tolist()]
     inputs = TOKENIZER(text, return_tensors="pt")
     if task == "text-generation":

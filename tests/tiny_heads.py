@@ -118,7 +118,7 @@ class Head:
             case "CausalLM" | "MaskedLM":
                 return {"labels": tokens}
             case "Seq2SeqLM" | "ImageTextToText":
-                return {"labels": tokens[:, :5]}
+                return {"labels": tokens[:, :5].contiguous()}
             case "TokenClassification":
                 return {"labels": tokens % 3}
             case "QuestionAnswering":
