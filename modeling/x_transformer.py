@@ -132,6 +132,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
@@ -146,6 +147,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             token_type_ids: `[B, N]`, if `config.type_vocab_size`.
             encoder_hidden_states: `[B, K, cross_attention_hidden_size]`, if `config.add_cross_attention`.
             encoder_attention_mask: `[B, K]`, as `attention_mask`.
+            encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
             use_cache: return a cache (decoders only).
@@ -181,6 +183,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             "visibility": self._visibility(mask, start, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
             "rotary": None if self.rotary is None else self.rotary(position_ids),
+            "encoder_rotary": self._encoder_rotary(position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
             "past_key_values": past_key_values,
             "padding": padding,
@@ -253,6 +256,14 @@ class XTransformerModel(XTransformerPreTrainedModel):
             seen = torch.as_tensor(cached + length, device=hidden_states.device).expand(batch)
             visibility = visibility._replace(key_lengths=seen)
         return visibility
+
+    def _encoder_rotary(self, position_ids, encoder_hidden_states, encoder_position_ids):
+        """Tables for the queries and keys of cross-attention, or None."""
+        if encoder_hidden_states is None or encoder_position_ids is None:
+            return None
+        if self.rotary is None:
+            raise ValueError("encoder_position_ids needs rotary positions, got a model with rotary_positions=None")
+        return self.rotary(position_ids)[0], self.rotary(encoder_position_ids)[1]
 
     def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
         if encoder_hidden_states is None:

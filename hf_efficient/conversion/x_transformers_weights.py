@@ -56,9 +56,21 @@ class StackWeights:
             transfer.move_linear(f"{target}embeddings.projection", f"{source}project_emb")
         if config.num_memory_tokens:
             transfer.move(f"{target}memory_tokens", f"{source}memory_tokens")
-        if head is not None and not config.tie_word_embeddings:
+        if head == "score":
+            self._labels(source)
+        elif head is not None and not config.tie_word_embeddings:
             transfer.move_linear(head, f"{source}to_logits", bias=config.lm_head_bias)
         self._stack(f"{source}attn_layers.", target)
+
+    def _labels(self, source: str) -> None:
+        """One head, or several as the rows of one."""
+        transfer, heads = self.transfer_weights, self.wrapper["num_output_heads"]
+        indices = [""] if heads == 1 else [f"{index}." for index in range(heads)]
+        names = [f"{source}to_logits.{index}weight" for index in indices]
+        rows = [tensor for name in names if (tensor := transfer.read(name)) is not None]
+        if rows:
+            transfer.put("score.weight", torch.cat(rows), names)
+            transfer.put("score.bias", rows[0].new_zeros(self.config.num_labels), [])
 
     def _stack(self, source: str, target: str) -> None:
         config = self.config
@@ -143,7 +155,7 @@ class StackWeights:
 
     def _attention(self, where: "_Branch", target: str, is_cross: bool, is_first: bool) -> None:
         config, move = self.config, self.transfer_weights.move
-        turns = self.is_rotary and self.era.interleaved_rotary and not is_cross
+        turns = self.is_rotary and self.era.interleaved_rotary  # in cross-attention only `encoder_position_ids` turn
         size, shared = config.head_dim, key_value_heads(self.flags)
 
         def turned(tensor: Tensor, dim: int) -> Tensor:
@@ -206,6 +218,8 @@ class StackWeights:
                 move(f"{target}.value_gate.down.weight", where.name("to_v_gate.down.weight"))
             name = where.name("to_v_gate.up.weight" if low_rank else "to_v_gate.weight")
             move(f"{target}.value_gate.proj.weight", name, lambda t: rows(t, heads))
+            if config.value_gate_bias:
+                move(f"{target}.value_gate.proj.bias", where.name("to_v_gate.bias"), lambda t: rows(t, heads))
         if config.value_residual == "learned" and not is_first and not is_cross:
             if shared != heads:
                 raise ConversionError("learned_value_residual_mix with grouped heads: the original cannot run it")
