@@ -5,7 +5,7 @@
 #   make lint     the style checks alone; `make format` applies what they ask for
 #   make bench    speed and memory beside the peer libraries
 #   make matrix   runs what docs/matrix.md is about and writes it anew
-#   make compat   a smoke test at the lower ends of the supported version ranges
+#   make compat   a smoke test of every head at both ends of the supported version ranges
 #   make gpu      on a machine with a GPU: kernel tests and benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3

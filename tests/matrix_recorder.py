@@ -37,7 +37,9 @@ class MatrixRecorder:
 
     def pytest_sessionfinish(self, session):
         if self.write:
-            self.page.write(self.cells())
+            # A part of the tests has a say about its own cells only.
+            kept = {} if is_whole_run(session) else self.page.read()
+            self.page.write(kept | self.cells())
         elif self.compare and is_whole_run(session):
             before, now = self.page.read(), self.cells()
             for head, column in sorted(before.keys() | now.keys()):

@@ -1,4 +1,4 @@
-"""docs/matrix.md is about the heads there are, and the recorder fails a run of which it is not true."""
+"""docs/matrix.md has a column for everything it is about, and the recorder fails a run of which it is not true."""
 
 import re
 import shutil
@@ -6,12 +6,6 @@ import shutil
 import pytest
 from helpers import ROOT, run_python
 from matrix_page import COLUMNS, GENERATION_COLUMNS, PATH, MatrixPage
-from tiny_heads import HEADS
-
-
-def test_the_page_has_a_row_for_every_head_and_generating_head():
-    rows = re.findall(r"^\| `(\w+)` \|", PATH.read_text(encoding="utf-8"), flags=re.MULTILINE)
-    assert rows == [*HEADS, *(name for name, head in HEADS.items() if head.generates)], "run `make matrix`"
 
 
 def test_the_links_of_the_page_lead_to_files():
