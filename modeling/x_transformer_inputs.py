@@ -4,7 +4,7 @@ import torch
 
 from .input_checks import can_look
 from .softmax_attention import Visibility
-from .x_transformer_embeddings import insert_prefix
+from .x_transformer_embeddings import Prefix, insert_prefix
 
 
 def check_cache(past_key_values, config) -> None:
@@ -29,27 +29,22 @@ def check_cache(past_key_values, config) -> None:
         )
 
 
-def check_encoder_mask(encoder_attention_mask: torch.Tensor | None, encoder_hidden_states: torch.Tensor) -> None:
-    """One value for each of the encoder's states.
+def real_tokens(attention_mask: torch.Tensor | None, states: torch.Tensor | None = None) -> torch.Tensor | None:
+    """`[B, everything seen]` bool, or None where there is no padding.
 
     Raises:
-        ValueError: otherwise.
+        ValueError: a mask of another form, or not one value for each of the `states` `[B, N, C]`, if they are given.
     """
-    expected = tuple(encoder_hidden_states.shape[:2])
-    if encoder_attention_mask is not None and tuple(encoder_attention_mask.shape) != expected:
-        raise ValueError(
-            f"encoder_attention_mask must have shape {expected} (batch, encoder tokens), got "
-            f"{tuple(encoder_attention_mask.shape)}"
-        )
-
-
-def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """`[B, everything seen]` bool, or None where there is no padding."""
     if attention_mask is None:
         return None
     if attention_mask.ndim != 2:
         raise ValueError(
             f"attention_mask must have shape [batch, cached and new tokens], got {tuple(attention_mask.shape)}"
+        )
+    if states is not None and attention_mask.shape != states.shape[:2]:
+        raise ValueError(
+            f"encoder_attention_mask must have shape {tuple(states.shape[:2])} (batch, encoder tokens), got "
+            f"{tuple(attention_mask.shape)}"
         )
     return attention_mask != 0
 
@@ -63,27 +58,61 @@ def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor |
     return first.int().argmax(dim=1)
 
 
-def check_memory_place(mask: torch.Tensor | None, start: torch.Tensor | None, first_length: int) -> None:
+def check_memory_place(mask: torch.Tensor | None, start: torch.Tensor | None, first_length: int, config) -> None:
     """The first call, of `first_length` tokens, has reached the first real token of every row.
 
     Raises:
         ValueError: otherwise: memory tokens stand right before that token and cannot be moved in a cache, which
             biases, windows and token shifts would notice (rotary positions are told apart from slots).
     """
+    if not (config.position_bias or config.sliding_window or config.shift_tokens):
+        return
     if mask is None or not can_look(mask) or first_length >= mask.shape[1]:
         return
     late = (start == first_length) & ~mask[:, first_length]
     if late.any():
         raise ValueError(
-            "memory tokens stand right before the first real token of each row, so the first call must reach it; row "
-            f"{int(late.int().argmax())} begins with more padding than that call had tokens ({first_length}): use a "
-            "larger prefill_chunk_size"
+            "memory tokens and prepended vectors stand right before the first real token of each row, so the first "
+            f"call must reach it; row {int(late.int().argmax())} begins with more padding than that call had tokens "
+            f"({first_length}): use a larger prefill_chunk_size"
         )
 
 
-def with_memory(mask: torch.Tensor | None, memory: int, start: torch.Tensor | None) -> torch.Tensor | None:
-    """`mask` with `memory` real tokens inserted at `start`."""
-    return None if mask is None else insert_prefix(mask, mask.new_ones(memory), start)
+def with_prefix(mask: torch.Tensor | None, prefix: Prefix, prepend_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """`mask` `[B, tokens]` with that of the prefix inserted, of which only prepended vectors may be unreal."""
+    if mask is None:
+        return None
+    front = mask.new_ones(mask.shape[0], prefix.length)
+    if prepend_mask is not None:
+        front = torch.cat([front[:, prepend_mask.shape[1] :], prepend_mask], dim=1)
+    return insert_prefix(mask, front, prefix.start)
+
+
+def check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config) -> None:
+    """Vectors of the width of the token table, and a cache that can tell them from tokens.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if prepend_embeds is None:
+        if prepend_mask is not None:
+            raise ValueError("prepend_mask needs prepend_embeds, got None")
+        return
+    batch, _, size = inputs_embeds.shape
+    if prepend_embeds.ndim != 3 or (prepend_embeds.shape[0], prepend_embeds.shape[2]) != (batch, size):
+        raise ValueError(
+            f"prepend_embeds must have shape [{batch}, length, {size}] (batch, prepended, embedding_size), got "
+            f"{tuple(prepend_embeds.shape)}"
+        )
+    if prepend_mask is not None and prepend_mask.shape != prepend_embeds.shape[:2]:
+        raise ValueError(
+            f"prepend_mask must have shape {tuple(prepend_embeds.shape[:2])}, got {tuple(prepend_mask.shape)}"
+        )
+    if past_key_values is not None and not config.prepend_embeddings:
+        raise ValueError(
+            "prepend_embeds with a cache need a model with prepend_embeddings=True, whose cache knows them from "
+            "tokens; got False (use_cache=False does without)"
+        )
 
 
 def hide_at_random(mask: torch.Tensor | None, states: torch.Tensor, probability: float, keep_first: bool):

@@ -12,6 +12,7 @@ import colt5_models
 import generation_models
 import perceiver_flash_models
 import torch
+import x_transformer_image_models
 import x_transformer_models
 from generation_models import left_padded, tokens
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
@@ -25,6 +26,8 @@ class Head:
     contract: Sequence[str]
     cached_only: Sequence[str] = ()
     encoder_decoder: bool = False
+    # Images `[B, channels, height, width]` for a number of rows, if the encoder sees some beside the source.
+    images: Callable[[int], torch.Tensor] | None = None
     # A short row and a long one; prompts are made of these.
     lengths: tuple[int, int] = (3, 7)
     # Variants whose windows do not reach from the end of a generated text back to its beginning.
@@ -35,6 +38,15 @@ class Head:
 
 def _without(names, *taken) -> list[str]:
     return [name for name in names if name not in taken]
+
+
+@cache
+def _writer(name: str) -> PreTrainedModel:
+    """About images and text, with an output that does not say one token again and again."""
+    model = x_transformer_image_models.writer(name)
+    torch.manual_seed(6)
+    torch.nn.init.normal_(model.lm_head.weight, std=2 * model.config.hidden_size**-0.5)
+    return model
 
 
 _PERFORMER = (
@@ -68,6 +80,12 @@ HEADS = {
         x_transformer_models.SOME,
         encoder_decoder=True,
         short_sighted=["window", "window and scores", "much at once"],
+    ),
+    "XTransformerForImageTextToText": Head(
+        _writer,
+        ["pali", "pali, many options"],
+        encoder_decoder=True,
+        images=x_transformer_image_models.pixels,
     ),
     "CoLT5ForCausalLM": Head(
         colt5_models.causal_model,
@@ -148,10 +166,8 @@ class Decoder:
         }
 
     def embedded(self, prompt: dict) -> dict:
-        return {
-            "inputs_embeds": self.model.get_input_embeddings()(prompt["ids"]),
-            "attention_mask": prompt["attention_mask"],
-        }
+        prompt = dict(prompt)
+        return {"inputs_embeds": self.model.get_input_embeddings()(prompt.pop("ids")), **prompt}
 
     def layers(self) -> list:
         """Of a new cache of the decoder."""
@@ -213,10 +229,21 @@ class EncoderDecoder(Decoder):
         lengths = torch.tensor(lengths or self.row.lengths)
         ids = tokens(len(lengths), int(lengths.max()), seed=4)
         mask = (torch.arange(ids.shape[1]) < lengths[:, None]).long()
-        return {"ids": ids * mask, "attention_mask": mask}
+        return {"ids": ids * mask, "attention_mask": mask, **self._images(len(ids))}
+
+    def _images(self, count: int) -> dict:
+        return {} if self.row.images is None else {"pixel_values": self.row.images(count)}
 
     def alone(self, prompt: dict, row: int, length: int) -> dict:
-        return {"ids": prompt["ids"][row : row + 1, :length]}
+        images = {name: value[row : row + 1] for name, value in prompt.items() if name == "pixel_values"}
+        return {"ids": prompt["ids"][row : row + 1, :length], **images}
+
+    def encoded(self, prompt: dict, model=None):
+        """What the encoder makes of the prompt."""
+        dtype = next((model or self.model).parameters()).dtype
+        images = {name: value.to(dtype) for name, value in prompt.items() if name == "pixel_values"}
+        encoder = (model or self.model).get_encoder()
+        return encoder(prompt["ids"], attention_mask=prompt["attention_mask"], **images)
 
     def shown(self, prompt: dict) -> int:
         return prompt["decoder_input_ids"].shape[1] if "decoder_input_ids" in prompt else 1
@@ -241,7 +268,7 @@ class EncoderDecoder(Decoder):
     def _forward(self, model, ids, _mask, _start, rows, **keywords):
         rows = list(range(len(ids)) if rows is None else rows)
         source = self.prompt(*(self.row.lengths[row % 2] for row in range(max(rows) + 1)))
-        encoded = model.get_encoder()(source["ids"], attention_mask=source["attention_mask"])[0][rows]
+        encoded = self.encoded(source, model)[0][rows]
         mask = source["attention_mask"][rows]
         return model(encoder_outputs=(encoded,), attention_mask=mask, decoder_input_ids=ids, **keywords).logits
 

@@ -309,7 +309,7 @@ def test_the_encoder_runs_once_or_not_at_all(asked):
     try:
         expected = run(asked.model, **prompt)
         assert len(calls) == 1
-        encoded = asked.model.get_encoder()(prompt["ids"], attention_mask=prompt["attention_mask"])
+        encoded = asked.encoded(prompt)
         calls.clear()
         given = run(asked.model, encoder_outputs=encoded, attention_mask=prompt["attention_mask"])
         assert not calls

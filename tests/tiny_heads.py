@@ -41,6 +41,13 @@ TINY = {
         "shift_tokens": 1,
         "value_gate": "sigmoid",
         "norm_type": "scale_norm",
+        "image_size": 8,
+        "num_channels": 1,
+        "patch_size": 2,
+        "num_register_tokens": 1,
+        "image_fusion": "prepended",
+        "input_feature_size": 3,
+        "output_feature_size": 2,
     },
     "perceiver_flash": {
         "vocab_size": 32,
@@ -103,6 +110,8 @@ class Head:
         tokens = torch.arange(3, 27).reshape(2, 12)
         text = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
         images = {"pixel_values": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)}
+        if self.auto_class == "AutoModelForTimeSeriesPrediction":
+            return {"input_features": torch.linspace(-1, 1, 72).reshape(2, 12, 3)}
         if "ImageTextToText" in self.name:
             return text | images | {"decoder_input_ids": tokens[:, :5]}
         if "Image" in self.name:
@@ -123,6 +132,8 @@ class Head:
                 return {"labels": tokens % 3}
             case "QuestionAnswering":
                 return {"start_positions": classes, "end_positions": classes}
+            case "TimeSeriesPrediction":
+                return {"labels": torch.linspace(0, 1, 48).reshape(2, 12, 2)}
             case _:
                 return {"labels": classes}
 

@@ -63,11 +63,17 @@ def _pictures() -> list[dict]:
     return [{"pixel_values": image, "labels": index % 3} for index, image in enumerate(_images())]
 
 
-def _captioned() -> list[dict]:
+def _answered_about_pictures() -> list[dict]:
+    """Questions and answers of one length each: the collator of transformers for this does not pad."""
     return [
-        {"pixel_values": image, "labels": TOKENIZER(text[:2])["input_ids"]}
+        {"pixel_values": image, **TOKENIZER("what? "), "labels": TOKENIZER(text[:2])["input_ids"]}
         for image, text in zip(_images(), TEXTS, strict=True)
     ]
+
+
+def _series() -> list[dict]:
+    vectors = torch.randn(len(TEXTS), 9, 3, generator=torch.Generator().manual_seed(6))
+    return [{"input_features": row, "labels": row[:, :2].cumsum(0)} for row in vectors]
 
 
 _SEQ2SEQ = {
@@ -83,5 +89,6 @@ TASKS = {
     "AutoModelForQuestionAnswering": Task(_answered, lambda _: DataCollatorWithPadding(TOKENIZER)),
     "AutoModelForSeq2SeqLM": Task(_translated, lambda model: DataCollatorForSeq2Seq(TOKENIZER, model), **_SEQ2SEQ),
     "AutoModelForImageClassification": Task(_pictures, lambda _: default_data_collator),
-    "AutoModelForImageTextToText": Task(_captioned, lambda _: default_data_collator, **_SEQ2SEQ),
+    "AutoModelForImageTextToText": Task(_answered_about_pictures, lambda _: default_data_collator, **_SEQ2SEQ),
+    "AutoModelForTimeSeriesPrediction": Task(_series, lambda _: default_data_collator),
 }

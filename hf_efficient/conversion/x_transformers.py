@@ -64,7 +64,7 @@ def convert_x_transformers(
     kind = layers.pop("class", None)
     if kind not in STACKS:
         raise ConversionError(f"attn_layers must name its class, one of {', '.join(STACKS)}, got {kind!r}")
-    stack = _Stack(kind, wrapper, layers, era)
+    stack = SourceStack(kind, wrapper, layers, era)
     config = XTransformerConfig(**stack.fields())
     if stack.wrapper["return_only_embed"]:
         model_class, target, head = XTransformerModel, "", None
@@ -96,7 +96,7 @@ def _convert_encoder_decoder(state, arguments, era):
     stacks = []
     for part, kind, more in ((encoder, "Encoder", {}), (decoder, "Decoder", {"cross_attend": True})):
         wrapper = {name: part.pop(name) for name in _ENCODER_DECODER_WRAPPER if name in part}
-        stacks.append(_Stack(kind, wrapper, {"dim": dim, **part, **more}, era))
+        stacks.append(SourceStack(kind, wrapper, {"dim": dim, **part, **more}, era))
     encoder_fields, decoder_fields = (stack.fields() for stack in stacks)
     # All that the encoder says is said, so that nothing of the decoder's is taken over.
     defaults = XTransformerConfig(hidden_size=dim, num_attention_heads=encoder_fields["num_attention_heads"],
@@ -126,7 +126,7 @@ def _convert_encoder_decoder(state, arguments, era):
     return model.eval(), transfer.load_into(model)
 
 
-class _Stack:
+class SourceStack:
     """One `TransformerWrapper` with its stack: its fields, and its weights."""
 
     def __init__(self, kind: str, wrapper: Mapping[str, Any], layers: Mapping[str, Any], era: Era):
@@ -206,6 +206,8 @@ class _Stack:
 
     def transfer(self, transfer: WeightTransfer, source: str, target: str, head: str | None) -> None:
         """Carry all weights over, see `StackWeights.transfer`."""
-        config = XTransformerConfig(**self.fields())
-        weights = StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())
-        weights.transfer(source, target, head)
+        self.weights(transfer, XTransformerConfig(**self.fields())).transfer(source, target, head)
+
+    def weights(self, transfer: WeightTransfer, config: XTransformerConfig) -> StackWeights:
+        """The weights of this stack, for a model with `config`."""
+        return StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())
