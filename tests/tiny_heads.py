@@ -14,28 +14,21 @@ from hf_efficient.registry import ARCHITECTURES, resolve
 
 
 ENCODER_DECODERS = ("AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+TEXT = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_labels": 3,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "decoder_start_token_id": 1,
+}
 TINY = {
-    "performer": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_labels": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 1,
-    },
+    "performer": TEXT,
     "x_transformer": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_labels": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 1,
+        **TEXT,
         # Something of every file.
         "position_bias": "t5",
         "shift_tokens": 1,
