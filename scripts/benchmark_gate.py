@@ -14,7 +14,7 @@ TESTS = {
     "linear_attention": ["tests/test_linear_attention*.py"],
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
-    "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
+    "performer": ["tests/test_performer*.py", "tests/test_generation_contract.py"],
 }
 QUICK_TESTS = {
     "linear_attention": [
