@@ -1,9 +1,8 @@
 """Joins the forward and backward passes into one differentiable operation. No maths here.
 
 The two passes are custom operators, so that `torch.compile` and `torch.export` see one node each instead of loops over
-tiles. Defining them twice in a process (the package and a checkpoint's own copy) is harmless: the later definition
-replaces an equal one. `operands.py` has the signature that the passes of every backend share; the choice between the
-backends is the one `if` of `_passes`.
+tiles. `operands.py` has the signature that the passes of every backend share; the choice between the backends is the
+one `if` of `_passes`.
 """
 
 from contextlib import nullcontext
@@ -11,8 +10,10 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .eager import backward as eager_backward
 from .eager import forward as eager_forward
+from .flops import backward_flops, forward_flops
 from .operands import Gradients, Operands, Options, Wanted
 
 
@@ -30,7 +31,7 @@ def _passes(backend: str):
     return eager_forward, eager_backward
 
 
-@torch.library.custom_op("hf_efficient::flash_attention_forward", mutates_args=())
+@custom_operator("flash_attention_forward", flops=forward_flops)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -66,7 +67,7 @@ def _(query, key, value, *rest):
     return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=lse_dtype)
 
 
-@torch.library.custom_op("hf_efficient::flash_attention_backward", mutates_args=())
+@custom_operator("flash_attention_backward", flops=backward_flops)
 def _backward(
     grad_output: Tensor,
     grad_lse: Tensor,
