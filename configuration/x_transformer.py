@@ -95,6 +95,10 @@ class XTransformerConfig(SelfContainedConfig):
         residual_scale (`float`, defaults to 1): constant factor on the stream at each sum (arXiv 2203.00555).
         learned_residual_scale (`bool`, defaults to `False`): a learned factor for each channel there
             (arXiv 2110.09456).
+        num_residual_streams (`int`, defaults to 1): hyper-connections: so many streams, which every branch reads,
+            writes and mixes with weights of its own (arXiv 2409.19606). Needs norm_position `"pre"` or `"sandwich"`.
+        residual_stream_mixing (`str`, defaults to `"free"`): of them: `"free"`, or `"doubly_stochastic"`
+            (arXiv 2512.24880), for which sinkhorn_iterations (`int`, defaults to 20) divide rows and columns.
         layer_scale_init_value (`float`, *optional*): LayerScale on each branch, with this initial value
             (arXiv 2103.17239).
         zero_init_branches (`bool`, defaults to `False`): every branch starts as zero.
@@ -232,6 +236,9 @@ class XTransformerConfig(SelfContainedConfig):
     residual_type: Literal["sum", "gru"] = "sum"
     residual_scale: float | int = 1.0
     learned_residual_scale: bool = False
+    num_residual_streams: int = 1
+    residual_stream_mixing: Literal["free", "doubly_stochastic"] = "free"
+    sinkhorn_iterations: int = 20
     layer_scale_init_value: float | int | None = None
     zero_init_branches: bool = False
     layerdrop: float | int = 0.0

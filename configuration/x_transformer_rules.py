@@ -29,6 +29,7 @@ def check_sizes(config) -> None:
     check_at_least(config, 1, "vocab_size", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
     check_at_least(config, 1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
     check_at_least(config, 1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
+    check_at_least(config, 1, "num_residual_streams", "sinkhorn_iterations")
     check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "shift_tokens")
     check_at_least(config, 0, "chunk_size_feed_forward", "sliding_window_ahead")
     for name in (
@@ -111,6 +112,14 @@ def check_layout(config) -> None:
         refuse(config, "gate_channel_scale", "gated_feed_forward=True", "there is no gate to scale")
     if config.residual_type == "gru" and config.residual_scale != 1:
         refuse(config, "residual_scale", "residual_type='sum'", "a GRU cell does not sum")
+    if config.num_residual_streams > 1:
+        if config.norm_position not in ("pre", "sandwich"):
+            refuse(config, "num_residual_streams", "norm_position 'pre' or 'sandwich'", "streams are summed unnormed")
+        for name, plain in (("residual_type", "sum"), ("residual_scale", 1), ("learned_residual_scale", False)):
+            if getattr(config, name) != plain:
+                refuse(config, name, "num_residual_streams=1", "hyper-connections are a residual rule themselves")
+    elif config.residual_stream_mixing != "free":
+        refuse(config, "residual_stream_mixing", "num_residual_streams above 1", "a single stream mixes with nothing")
     if config.norm_type == "dynamic_tanh" and config.norm_position == "post":
         refuse(config, "norm_type", "a norm_position other than 'post'", "it bounds the stream, which then dies out")
     if config.shift_tokens and (2 * config.shift_tokens + 1) > config.hidden_size:

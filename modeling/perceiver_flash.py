@@ -86,11 +86,15 @@ def _truncated_normal(parameter, std):
 
 
 class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
-    """Inputs to latents: a Perceiver, the encoder of a Perceiver IO, or the stack of a Perceiver AR (`is_decoder`)."""
+    """Inputs to latents: a Perceiver, the encoder of a Perceiver IO, or the stack of a Perceiver AR (`is_decoder`).
+
+    Args:
+        add_pooling_layer: whether `config.output_size` is that of `pooler_output`; a head has it for its own.
+    """
 
     _can_record_outputs = PerceiverFlashPreTrainedModel._can_record_outputs
 
-    def __init__(self, config: PerceiverFlashConfig):
+    def __init__(self, config: PerceiverFlashConfig, add_pooling_layer: bool = True):
         super().__init__(config)
         self.embed_tokens = self.embed_positions = self.image_adapter = None
         if config.modality == "text":
@@ -113,7 +117,7 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         if config.final_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = None
-        if config.output_size is not None and config.pooling != "query":
+        if add_pooling_layer and config.output_size is not None and config.pooling != "query":
             self.pooler = PerceiverFlashProjection(config, pooled_size(config), config.output_size)
         self.gradient_checkpointing = False
         self.post_init()
@@ -324,7 +328,7 @@ class PerceiverFlashIOModel(PerceiverFlashPreTrainedModel):
 
     def __init__(self, config: PerceiverFlashConfig):
         super().__init__(config)
-        self.model = PerceiverFlashModel(config)
+        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
         self.decoder = PerceiverFlashDecoder(config, config.num_queries, config.output_size)
         self.post_init()
 
@@ -381,7 +385,7 @@ class PerceiverFlashForMaskedLM(PerceiverFlashPreTrainedModel):
                 f"tie_word_embeddings=True needs query_size to be input_size ({config.input_size}), got "
                 f"{config.query_size}"
             )
-        self.model = PerceiverFlashModel(config)
+        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
         self.decoder = PerceiverFlashDecoder(config, config.max_position_embeddings, None)
         self.lm_head = nn.Linear(config.query_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
@@ -433,7 +437,7 @@ class PerceiverFlashForSequenceClassification(PerceiverFlashPreTrainedModel):
         if config.is_decoder:
             raise ValueError("a classifier reads latents of their own, so config.is_decoder must be False, got True")
         self.num_labels = config.num_labels
-        self.model = PerceiverFlashModel(config)
+        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
         self.classifier = PerceiverFlashClassificationHead(config)
         self.post_init()
 
@@ -505,7 +509,7 @@ class PerceiverFlashForCausalLM(PerceiverFlashPreTrainedModel, GenerationMixin):
             config.is_decoder = config.final_norm = True
             config.validate_architecture()
         super().__init__(config)
-        self.model = PerceiverFlashModel(config)
+        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
         self.post_init()
 

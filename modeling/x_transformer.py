@@ -9,9 +9,9 @@ What the default decoder computes, from here down:
     logits = lm_head(norm(x))                                                 XTransformerForCausalLM.forward
 
 Every option replaces or surrounds one of these pieces and stands in a file of its own: x_transformer_embeddings.py,
-rotary_embedding.py, position_bias.py, norm_family.py, residual_rules.py, neighbour_shift.py, query_key_norms.py,
-attention_gates.py, softmax_attention.py. The options are those of x-transformers; docs/x_transformer.md has the table.
-The operation is `kernels/flash_attention`.
+rotary_embedding.py, position_bias.py, norm_family.py, residual_rules.py, hyper_connections.py, neighbour_shift.py,
+query_key_norms.py, attention_gates.py, softmax_attention.py. The options are those of x-transformers;
+docs/x_transformer.md has the table. The operation is `kernels/flash_attention`.
 
 Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) with a window w; memory linear in N,
 but for talking heads and residual attention, which hold all scores.
@@ -42,6 +42,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
 from .checked_model import CheckedPreTrainedModel
+from .hyper_connections import join_streams, split_streams
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
 from .performer_inputs import count_positions
@@ -183,10 +184,12 @@ class XTransformerModel(XTransformerPreTrainedModel):
             "padding": padding,
         }
         carried = Carried()
+        hidden_states = split_streams(hidden_states, config.num_residual_streams)
         for layer_idx, block_idx in enumerate(config.execution_order):
             hidden_states, *carried = self.layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
+        hidden_states = join_streams(hidden_states, config.num_residual_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)

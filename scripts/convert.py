@@ -1,11 +1,14 @@
 """Converts an outside checkpoint to a folder that AutoModel loads, or refuses and leaves nothing behind.
 
     python scripts/convert.py --source performer_pytorch --input model.pt --arguments arguments.json --output_dir out
+    python scripts/convert.py --source flash_perceiver --input model.pt --arguments arguments.json --output_dir out
     python scripts/convert.py --source transformers --input bert-base-uncased --output_dir out
+    python scripts/convert.py --source transformers --input deepmind/language-perceiver --output_dir out
 
-performer_pytorch takes a state dict saved with torch.save (or safetensors) and a JSON object with the arguments its
-PerformerLM, Performer or PerformerEncDec was constructed with. transformers takes a folder or a name on the Hub of a
-BERT, GPT-2 or Llama, which keeps its weights and gets linear attention; its tokenizer comes along.
+performer_pytorch and flash_perceiver take a state dict saved with torch.save (or safetensors) and a JSON object with
+the arguments that the model was constructed with; for flash_perceiver it names the "class", Perceiver or PerceiverIO.
+transformers takes a folder or a name on the Hub: a BERT, GPT-2 or Llama keeps its weights and gets linear attention, a
+Perceiver becomes a PerceiverFlash with the same results. Its tokenizer or image processor comes along.
 """
 
 import json
@@ -16,7 +19,7 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Literal
 
@@ -26,11 +29,13 @@ from output_folder import require_writable
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from training_model import check_override_names, parse_config_overrides
-from transformers import AutoConfig, AutoTokenizer, HfArgumentParser, PreTrainedModel
+from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
 from hf_efficient import PerformerConfig
+from hf_efficient.conversion.flash_perceiver import convert_flash_perceiver
 from hf_efficient.conversion.performer_pytorch import convert_performer_pytorch
 from hf_efficient.conversion.softmax_transformers import convert_softmax_transformer
+from hf_efficient.conversion.transformers_perceiver import PERCEIVERS, convert_transformers_perceiver
 from hf_efficient.conversion.weight_transfer import ConversionReport
 
 
@@ -42,11 +47,13 @@ NESTED = ("state_dict", "model_state_dict", "model")
 class ConversionArguments:
     """What to convert, and where to."""
 
-    source: Literal["performer_pytorch", "transformers"] = field(metadata={"help": "Where the checkpoint comes from."})
-    input: str = field(metadata={"help": "performer_pytorch: a file; transformers: a folder or a name on the Hub."})
+    source: Literal["performer_pytorch", "flash_perceiver", "transformers"] = field(
+        metadata={"help": "Where the checkpoint comes from."}
+    )
+    input: str = field(metadata={"help": "A file with a state dict; transformers: a folder or a name on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for the converted checkpoint, new or empty."})
     arguments: str | None = field(
-        default=None, metadata={"help": "performer_pytorch: JSON object, or a file with one: constructor arguments."}
+        default=None, metadata={"help": "JSON object, or a file with one: constructor arguments (of a state dict)."}
     )
     rotary: bool = field(
         default=False, metadata={"help": "performer_pytorch: a bare Performer that is called with pos_emb."}
@@ -64,15 +71,17 @@ class ConversionArguments:
 
     def __post_init__(self):
         own = {
-            "performer_pytorch": {"arguments": None, "rotary": False},
-            "transformers": {"layer_types": "linear_attention", "config_overrides": None},
+            "arguments": ("performer_pytorch", "flash_perceiver"),
+            "rotary": ("performer_pytorch",),
+            "layer_types": ("transformers",),
+            "config_overrides": ("transformers",),
         }
-        for source, defaults in own.items():
-            for name, default in defaults.items():
-                if source != self.source and getattr(self, name) != default:
-                    raise ValueError(f"--{name} belongs to --source {source}, got --source {self.source}")
-        if self.source == "performer_pytorch" and self.arguments is None:
-            raise ValueError("--arguments must hold the constructor's arguments for --source performer_pytorch")
+        defaults = {option.name: option.default for option in fields(self)}
+        for name, sources in own.items():
+            if self.source not in sources and getattr(self, name) != defaults[name]:
+                raise ValueError(f"--{name} belongs to --source {' or '.join(sources)}, got --source {self.source}")
+        if self.source in own["arguments"] and self.arguments is None:
+            raise ValueError(f"--arguments must hold the constructor's arguments for --source {self.source}")
 
 
 def read_constructor_arguments(text: str) -> dict:
@@ -175,32 +184,52 @@ def finished_or_nothing(output_dir: str):
         raise
 
 
-def save_tokenizer(options: ConversionArguments, folder: Path) -> str:
-    """Copies the tokenizer where there is one; returns what happened, for the summary."""
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
+IMAGE_PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
+
+
+def save_processor(options: ConversionArguments, folder: Path, reads_images: bool) -> str:
+    """Copies the tokenizer or image processor where there is one; returns what happened, for the summary."""
+    kind, auto_class, known = "tokenizer", AutoTokenizer, TOKENIZER_FILES
+    if reads_images:
+        kind, auto_class, known = "image processor", AutoImageProcessor, IMAGE_PROCESSOR_FILES
     local = Path(options.input)
-    known = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json", "tokenizer.model")
     # From a folder without one, transformers would make an empty tokenizer.
     if local.is_dir() and not any((local / name).is_file() for name in known):
-        return "no tokenizer beside the weights"
+        return f"no {kind} beside the weights"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(options.input, revision=options.model_revision, token=options.token)
+        processor = auto_class.from_pretrained(options.input, revision=options.model_revision, token=options.token)
     except (OSError, ValueError) as error:
-        return f"no tokenizer could be loaded ({str(error).splitlines()[0]})"
-    tokenizer.save_pretrained(folder)
-    return f"tokenizer copied ({type(tokenizer).__name__})"
+        return f"no {kind} could be loaded ({str(error).splitlines()[0]})"
+    processor.save_pretrained(folder)
+    return f"{kind} copied ({type(processor).__name__})"
+
+
+def convert_original(options: ConversionArguments) -> tuple[PreTrainedModel, ConversionReport]:
+    """A model of transformers: a Perceiver as it is, any other with the attention that was asked for."""
+    overrides = parse_config_overrides(options.config_overrides)
+    check_override_names(PerformerConfig, overrides)
+    original = load_original(options)
+    if type(original).__name__ not in PERCEIVERS:
+        kinds = layer_types_option(options.layer_types)
+        return convert_softmax_transformer(original, layer_types=kinds, **overrides)
+    if options.layer_types != "linear_attention" or overrides:
+        raise ValueError("--layer_types and --config_overrides are for Performers, got one with a Perceiver")
+    return convert_transformers_perceiver(original)
 
 
 def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
-    if options.source == "performer_pytorch":
+    if options.source == "transformers":
+        model, report = convert_original(options)
+        reads_images = model.main_input_name == "pixel_values"
+        report.notes.append(save_processor(options, folder, reads_images))
+    else:
         arguments = read_constructor_arguments(options.arguments)
         state = read_state_dict(options.input)
-        model, report = convert_performer_pytorch(state, arguments, rotary=options.rotary)
-    else:
-        overrides = parse_config_overrides(options.config_overrides)
-        check_override_names(PerformerConfig, overrides)
-        kinds = layer_types_option(options.layer_types)
-        model, report = convert_softmax_transformer(load_original(options), layer_types=kinds, **overrides)
-        report.notes.append(save_tokenizer(options, folder))
+        if options.source == "performer_pytorch":
+            model, report = convert_performer_pytorch(state, arguments, rotary=options.rotary)
+        else:
+            model, report = convert_flash_perceiver(state, arguments)
     model.save_pretrained(folder)
     return report
 

@@ -51,6 +51,12 @@ BLOCKS = {
     "pre- and post-norm": {"norm_position": "pre_and_post"},
     "capped output": {"hidden_state_softcapping": 3.0},
     "gru": {"residual_type": "gru", "learned_residual_scale": True},
+    "hyper-connections": {"num_residual_streams": 3},
+    "doubly stochastic": {
+        "num_residual_streams": 2,
+        "residual_stream_mixing": "doubly_stochastic",
+        "sinkhorn_iterations": 5,
+    },
     "layer scale": {"layer_scale_init_value": 0.5},
     "token shift": {"shift_tokens": 1},
     "token shift over three": {"shift_tokens": 3},
