@@ -181,6 +181,7 @@ class CoLT5ForConditionalGeneration(CoLT5PreTrainedModel, GenerationMixin):
     """An encoder–decoder with a language modelling head."""
 
     _tied_weights_keys = {"lm_head.weight": "model.encoder.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config.part(**ENCODER_DECODER))
@@ -330,6 +331,8 @@ class CoLT5ForCausalLM(CoLT5PreTrainedModel, GenerationMixin):
     """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
+    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
     def __init__(self, config: CoLT5Config):
         super().__init__(config.part(**CAUSAL))

@@ -56,6 +56,7 @@ class CoLT5PreTrainedModel(CheckedPreTrainedModel):
     _no_split_modules = ["CoLT5EncoderLayer", "CoLT5DecoderLayer", "CoLT5CausalLayer", "CoLT5ImageLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {}
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module):
