@@ -16,6 +16,7 @@ from routed_blocks import (
 )
 from torch.nn.functional import scaled_dot_product_attention
 
+from hf_efficient.kernels.soft_topk import soft_topk
 from hf_efficient.modeling.differentiable_topk import topk
 from hf_efficient.modeling.heavy_attention import HeavyAttention
 from hf_efficient.modeling.image_patches import PatchEmbedding, sincos_positions
@@ -174,6 +175,36 @@ def test_b2_b3_cross_attention_runs_and_samples_are_independent():
     assert routed.tolist() == [5, 5, 5]
 
 
+@pytest.mark.parametrize("sets", [1, 2])
+def test_padded_rows_of_cross_attention_equal_single_rows(sets):
+    """Queries and memories both padded, on the left: neither is routed, wherever it stands."""
+    block, tokens, memories = cross_attention(num_key_value_sets=sets), states(), states(3, 100, seed=1)
+    lengths, memory_lengths = (40, 29, 3), (100, 7, 61)
+    mask, memory_mask = masks(*lengths).flip(1), masks(*memory_lengths, total=100).flip(1)
+    with torch.no_grad():
+        together = block(tokens, memories, mask, memory_mask)
+        garbage = (torch.where(m[..., None] == 1, t, 1e3) for t, m in ((tokens, mask), (memories, memory_mask)))
+        assert torch.equal(block(*garbage, mask, memory_mask)[mask == 1], together[mask == 1])
+        reversed_order = block(tokens.flip(0), memories.flip(0), mask.flip(0), memory_mask.flip(0)).flip(0)
+        close(reversed_order, together)
+        for row, (length, memory_length) in enumerate(zip(lengths, memory_lengths, strict=True)):
+            alone = block(tokens[row : row + 1, -length:], memories[row : row + 1, -memory_length:])
+            close(together[row, -length:], alone[0])
+
+
+@pytest.mark.parametrize("in_windows", [False, True])
+def test_maps_of_a_batch_do_not_influence_each_other(in_windows):
+    block, maps = (
+        image_attention(num_key_value_sets=2, heavy_in_windows=in_windows),
+        states(3, 64).view(3, 8, 8, WIDTH),
+    )
+    with torch.no_grad():
+        together = block(maps)
+        close(block(maps.flip(0)), together.flip(0))
+        for row in range(3):
+            close(block(maps[row : row + 1])[0], together[row])
+
+
 def test_b4_more_heavy_tokens_than_places():
     """B4: the original's image attention fails once every place of a window is routed."""
     maps = states(2, 64).view(2, 8, 8, WIDTH)
@@ -230,6 +261,39 @@ def test_b9_topk_does_not_choose_masked_values():
     assert found.indices[0].tolist() == [0, 3] and found.gates.tolist() == [[1, 1], [1, 0]]
     found.values.sum().backward()
     assert values.grad.isfinite().all() and values.grad[0, 2] == 0
+
+
+@pytest.mark.parametrize("normalization", ["rms", "none", "cosine"])
+def test_b9_masked_tokens_are_never_routed(normalization):
+    """B9, in a router: not even where fewer are left than have a place, and however large their logits are."""
+    router = TokenRouter(WIDTH, 2, RouterOptions(normalization=normalization)).double()
+    mask = masks(40, 5, 0).flip(1).bool()
+    with torch.no_grad():
+        tokens = torch.where(mask[..., None], states(), 1e3 * router.routing_vectors[0])
+        routing = router(tokens, 9, mask)
+    assert routing.mask.sum(-1).tolist() == [[9, 9], [5, 5], [0, 0]]
+    for row in range(3):
+        assert mask[row, routing.indices[row][routing.mask[row]]].all()
+    assert (routing.scores[~routing.mask] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_b9_scores_of_half_precision_sum_to_what_they_should(dtype):
+    """B9: the original's descent runs in the dtype of its input and drifts (26.7 for 27.3 in bfloat16)."""
+    router = TokenRouter(WIDTH).to(dtype)
+    tokens = states(1, 256).to(dtype)
+    routing = router(tokens, 256)
+    assert routing.logits.dtype == routing.scores.dtype == torch.float32
+    scores = soft_topk(routing.logits, 27.0, eps=0.1).scores
+    assert abs(scores.double().sum().item() / 27 - 1) < 1e-5
+
+
+def test_b10_keys_of_a_causal_block_are_projected_once():
+    """B10: the original routes and projects the whole past anew for each of its windows."""
+    block, rows = autoregressive_attention(), []
+    block.heavy_attn.k_proj.register_forward_hook(lambda module, inputs, output: rows.append(inputs[0].shape[1]))
+    block(states())
+    assert rows == [block.heavy_attn.key_value_router.room(4, 40, has_past=False)] and rows[0] <= 40
 
 
 def test_topk_is_torchs_with_a_gradient_for_the_choice():
