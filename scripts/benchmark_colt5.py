@@ -97,6 +97,24 @@ def measure_base(length: int) -> Iterator[Row]:
     )
 
 
+def measure_operations(length: int) -> Iterator[Row]:
+    """The layer that the paper's formula is about: a quarter of T5.1.1's heads light, three quarters heavy."""
+    torch.manual_seed(0)
+    config = CoLT5Config(num_light_attention_heads=3, num_heavy_attention_heads=9, dropout_rate=0.0)
+    layer, tokens = _WithBias(CoLT5EncoderLayer(config)), torch.randn(1, length, config.hidden_size)
+    forward = _call(layer, tokens, "forward")
+    yield Row(
+        name="colt5_paper_layer",
+        provider="ours",
+        mode="forward",
+        length=length,
+        **summary(time_rounds({"ours": forward}, 1)["ours"]),
+        peak_mib=peak_memory(forward),
+        gflops=counted_flops(layer, tokens) / 1e9,
+        sizes="B1 d768, 3 light and 9 heavy heads, inner 1024 and 8192",
+    )
+
+
 def providers(length: int, peers: bool) -> dict[str, Callable[[], Layer]]:
     """What can compute a layer at this length, each to be made when it is wanted."""
     found = {"ours": _ours, "ours-peer-widths": _ours_of_peer_widths}
@@ -110,20 +128,6 @@ def providers(length: int, peers: bool) -> dict[str, Callable[[], Layer]]:
         if length <= T5_LIMIT:
             found["t5"] = lambda: _t5(length)
     return found
-
-
-def paper_layer(hidden_size: int, heads: int, inner: int) -> CoLT5EncoderLayer:
-    """A layer of the paper's proportions for a T5.1.1 of this width, number of heads and inner width."""
-    config = CoLT5Config(hidden_size=hidden_size, num_attention_heads=heads, intermediate_size=inner, dropout_rate=0.0)
-    return CoLT5EncoderLayer(config)
-
-
-def paper_formula(length: int, width: int) -> float:
-    """Floating point operations of a layer after the paper's section 3.4, two for each multiplication it counts.
-
-    It counts the widths alone, not the products inside the windows of the light attention.
-    """
-    return 2 * (7.25 * length * width**2 + length**2 * width / 84)
 
 
 def counted_flops(layer: Callable, tokens: Tensor, mode: str = "forward") -> int:
@@ -142,8 +146,9 @@ def counted_flops(layer: Callable, tokens: Tensor, mode: str = "forward") -> int
 class _WithBias(nn.Module):
     """A layer of the encoder with the position bias that it shares with the others of its stack."""
 
-    def __init__(self, layer: CoLT5EncoderLayer, heads: int):
+    def __init__(self, layer: CoLT5EncoderLayer):
         super().__init__()
+        heads = layer.self_attn.light_attn.q_proj.out_features // HEAD_DIM
         self.layer, self.bias = layer, nn.Parameter(torch.randn(heads, 257))
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -163,7 +168,7 @@ def _ours() -> Layer:
         gated_feed_forward=False,
         dropout_rate=0.0,
     )
-    return _WithBias(CoLT5EncoderLayer(config), LIGHT_HEADS)
+    return _WithBias(CoLT5EncoderLayer(config))
 
 
 def _ours_of_peer_widths() -> Layer:
