@@ -13,6 +13,7 @@ from torch import Tensor
 from ..custom_operator import custom_operator
 from .eager import backward as eager_backward
 from .eager import forward as eager_forward
+from .eager_tiles import empty_output as eager_output
 from .flops import backward_flops, forward_flops
 from .operands import Gradients, Operands, Options, Wanted
 
@@ -22,6 +23,10 @@ try:
     from .triton_forward import forward as triton_forward
 except ImportError:  # without Triton, `resolve_backend` never answers "triton"
     triton_backward = triton_forward = None
+
+
+# Heads mostly come out of the last dimension of a projection, and their gradients go back there: a copy less.
+GRADIENT_FORMATS = {"eager": torch.preserve_format, "triton": torch.contiguous_format}
 
 
 def _passes(backend: str):
@@ -63,8 +68,9 @@ def _forward(
 @_forward.register_fake
 def _(query, key, value, *rest):
     shape = query.shape[:3]
-    lse_dtype = torch.float64 if rest[-1] == "eager" else torch.float32
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=lse_dtype)
+    if rest[-1] == "eager":
+        return eager_output(query, value.shape[3]), query.new_empty(shape, dtype=torch.float64)
+    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
 @custom_operator("flash_attention_backward", flops=backward_flops)
@@ -102,7 +108,8 @@ def _backward(
     with torch.autocast(query.device.type, enabled=False):
         gradients = _passes(backend)[1](operands, options, output, lse, grad_output, grad_lse, wanted)
     # An operator returns tensors only: an empty one stands for "not wanted".
-    return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
+    found = zip(gradients, (getattr(operands, name) for name in Gradients._fields), strict=True)
+    return tuple(query.new_empty(0) if g is None else _laid_out(g, t, backend) for g, t in found)
 
 
 @_backward.register_fake
@@ -115,7 +122,17 @@ def _(
     bias = distance_bias if grad_of_bias else None
     like = query, key, value, slopes, bias, memory_key, memory_value, sinks
     return tuple(
-        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like
+        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=GRADIENT_FORMATS[backend]) for t in like
+    )
+
+
+def _laid_out(gradient: Tensor, operand: Tensor, backend: str) -> Tensor:
+    """The gradient with the strides that the operator promises: the eager path's are those of the operand."""
+    empty = torch.empty_like(operand, memory_format=GRADIENT_FORMATS[backend], device="meta")
+    return (
+        gradient
+        if gradient.stride() == empty.stride()
+        else gradient.new_empty_strided(empty.shape, empty.stride()).copy_(gradient)
     )
 
 
