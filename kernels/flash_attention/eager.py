@@ -12,6 +12,9 @@ Logits are in base 2: exp2 takes a third of the time of exp.
 import torch
 from torch import Tensor
 
+from .eager_band import backward as band_backward
+from .eager_band import forward as band_forward
+from .eager_band import suits as is_band
 from .eager_tiles import (
     LOG2_E,
     bias_gradients,
@@ -75,6 +78,8 @@ def backward(
 
 
 def _forward(operands, options, batch_row=0):
+    if is_band(operands, options):
+        return band_forward(operands, options)
     part = prepare(operands, options, batch_row)
     count, shared, length = part.query.shape[:3]
     batch, heads = operands.query.shape[:2]
@@ -115,6 +120,8 @@ def _forward(operands, options, batch_row=0):
 
 
 def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, batch_row=0):
+    if is_band(operands, options):
+        return band_backward(operands, options, output, lse, grad_output, grad_lse, wanted)
     part = prepare(operands, options, batch_row)
     dtype, shape = part.query.dtype, part.query.shape
 
