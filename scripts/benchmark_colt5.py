@@ -30,7 +30,7 @@ T5_LIMIT, DENSE_LIMIT = 4096, 16384
 # What only ours and CoLT5-attention run at, forward.
 FORWARD_ONLY = 65536
 # The longest calls, seconds each, are repeated less often.
-PATIENCE, FEWER_REPEATS = 10.0, 3
+PATIENCE, FEWER_REPEATS = 3.0, 3
 
 Layer = Callable[[Tensor], Tensor]
 
