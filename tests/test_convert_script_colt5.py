@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from colt5_models import T5_SIZES as T5
 from load_script import load_script
 from transformers import (
     AutoModelForImageClassification,
@@ -46,17 +47,6 @@ VIT = {
     "ff_light_mult": 1,
     **{f"attn_{name}": value for name, value in HEADS.items()},
     **ROUTER,
-}
-T5 = {
-    "vocab_size": 61,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "feed_forward_proj": "gated-gelu",
-    "relative_attention_max_distance": 20,
-    "decoder_start_token_id": 0,
 }
 
 
