@@ -114,3 +114,13 @@ def test_other_calls_take_the_general_path(options, counted):
     call = make_call(300, 1, 2, 16) | options
     torch.testing.assert_close(ours(call).output, reference(call)[0], rtol=0, atol=1e-10)
     assert not counted
+
+
+def test_the_operator_keeps_what_it_promises():
+    operands, options = operands_of(**make_call(300, 2, 2, 16, BIASES["everything"]))
+    operator = torch.ops.hf_efficient.flash_attention_forward.default
+    torch.library.opcheck(operator, (*operands, *options, "eager"), test_utils=("test_schema", "test_faketensor"))
+    output, lse = operator(*operands, *options, "eager")
+    arguments = (output, lse.new_zeros(lse.shape), output, lse, *operands, *options, "eager", True, True)
+    operator = torch.ops.hf_efficient.flash_attention_backward.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
