@@ -45,7 +45,8 @@ class Branch(nn.Module):
         self.layer_scale = LayerScale(config) if config.layer_scale_init_value is not None else None
         self.hyper_connection = make_hyper_connection(config, branch_idx)
         self.residual = make_residual(config) if self.hyper_connection is None else None
-        self.factor, self.layerdrop = factor, config.layerdrop
+        self.factor, self.layerdrop = factor, config.of_branch("layerdrop", branch_idx)
+        self.shift = config.of_branch("shift_tokens", branch_idx)
 
     def read(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
         """x `[B, N, C]`, and what `add` needs of a hyper-connection."""
@@ -84,7 +85,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         first_branch = sum(len(order) for order in config.block_orders[:block_idx])
         self.order = config.block_orders[block_idx]
-        self.shift, self.is_causal = config.shift_tokens, config.is_decoder
+        self.is_causal = config.is_decoder
         self.branch_names: list[tuple[str, str]] = []
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
@@ -107,6 +108,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
         visibility: Visibility,
         encoder_visibility: Visibility | None = None,
         rotary=None,
+        encoder_rotary=None,
         position_bias: nn.Module | None = None,
         past_key_values=None,
         padding: torch.Tensor | None = None,
@@ -118,15 +120,15 @@ class XTransformerLayer(GradientCheckpointingLayer):
             layer_idx: the place of this step in the cache.
             padding: `[B, N]`, nonzero at real tokens, for the token shift; or None.
             visibility, rotary, position_bias, past_key_values: see `XTransformerAttention.forward`;
-                `encoder_visibility` is that of cross-attention.
+                `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
         for kind, name in self.branch_names:
             function, branch = getattr(self, name), getattr(self, f"{name}_branch")
             inputs, mixed = branch.read(hidden_states)
             inputs = branch.norm(inputs)
-            if self.shift:
-                inputs = self._shifted(inputs, name, past_key_values, layer_idx, padding)
+            if branch.shift:
+                inputs = self._shifted(inputs, branch.shift, name, past_key_values, layer_idx, padding)
             if kind == "f":
                 update = function(inputs)
             elif kind == "a":
@@ -150,6 +152,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     carried.cross_scores,
                     visibility=encoder_visibility,
                     layer_idx=layer_idx,
+                    rotary=encoder_rotary,
                     past_key_values=past_key_values,
                 )
                 kept = _kept(function, carried.cross_values, values, scores)
@@ -157,16 +160,16 @@ class XTransformerLayer(GradientCheckpointingLayer):
             hidden_states = branch.add(hidden_states, update, mixed)
         return hidden_states, *carried
 
-    def _shifted(self, inputs, name, past_key_values, layer_idx, padding):
+    def _shifted(self, inputs, amount, name, past_key_values, layer_idx, padding):
         previous = None
         if past_key_values is not None:
             layer = getattr(past_key_values, "self_attention_cache", past_key_values).layers[layer_idx]
             masked = inputs if padding is None else inputs * padding[..., None].to(inputs.dtype)
             stacked = layer.last_tokens.tokens.get(name)
             if stacked is not None:
-                previous = stacked[:, -1].unflatten(-1, (self.shift, -1))
-            layer.shift_in(name, stack_neighbours(masked, self.shift, previous))
-        return shift_neighbours(inputs, self.shift, self.is_causal, previous, padding)
+                previous = stacked[:, -1].unflatten(-1, (amount, -1))
+            layer.shift_in(name, stack_neighbours(masked, amount, previous))
+        return shift_neighbours(inputs, amount, self.is_causal, previous, padding)
 
 
 def _kept(attention: XTransformerAttention, first_values, values, scores) -> dict:
