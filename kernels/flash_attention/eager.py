@@ -154,7 +154,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
             delta_rows = delta_rows - rows_of(grad_lse, block)
         put_rows(deltas, block, delta_rows)
         delta_rows = (delta_rows * rest_rows).to(dtype)
-        grad_rows.mul_(rest_rows / (1 - options.dropout_p))
+        grad_rows.mul_((rest_rows / (1 - options.dropout_p)).to(dtype))
         grad_own = torch.zeros_like(rows)
         for tile in tiles:
             key, value = keys_of(part, tile)
