@@ -15,6 +15,10 @@ TESTS = {
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
     "performer": ["tests/test_performer*.py", "tests/test_generation_contract.py"],
+    "colt5": [
+        *("tests/test_colt5.py", "tests/test_routed_block*.py", "tests/test_row_blocks.py"),
+        *("tests/test_flash_attention_eager.py", "tests/test_soft_topk.py"),
+    ],
 }
 QUICK_TESTS = {
     "linear_attention": [
@@ -22,6 +26,7 @@ QUICK_TESTS = {
         "tests/test_linear_attention_isolation.py::test_rows_without_any_key_are_zero",
     ],
     "performer": [],
+    "colt5": ["tests/test_routed_blocks.py::test_feed_forward_is_the_formula"],
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }

@@ -26,6 +26,9 @@ TITLES = {
     "flash_attention_softcap": "Causal softmax attention with a soft clamp",
     "flash_attention_window": "Softmax attention in a window of ±127",
     "soft_topk": "Soft top-k",
+    "colt5_layer": "A layer of CoLT5 and of what it stands in for",
+    "colt5_base_encoder": "The encoder of CoLT5's Base",
+    "colt5_paper_layer": "The layer of the paper's formula",
 }
 
 

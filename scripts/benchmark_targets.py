@@ -39,6 +39,12 @@ class Rows:
         values = [getattr(row, field) if row else None for row in (above, below)]
         return None if None in values or not values[1] else values[0] / values[1]
 
+    def field(self, name, mode, length, provider, field, unit):
+        """`field` of one row, in units of so much."""
+        row = self.found.get((name, provider, mode, length))
+        value = getattr(row, field) if row else None
+        return None if value is None else value / unit
+
 
 def _attention_targets():
     causal, both_ways = "linear_attention_causal", "linear_attention_bidirectional"
@@ -151,7 +157,55 @@ def _routing_targets():
         )
 
 
-TARGETS = [*_attention_targets(), *_decoding_targets(), *_softmax_targets(), *_routing_targets()]
+def paper_flops(length: int, width: int = 768) -> float:
+    """Floating point operations of a CoLT5 layer after section 3.4 of its paper, two for each multiplication.
+
+    The paper counts the widths alone, not the products inside the windows of the light attention.
+    """
+    return 2 * (7.25 * length * width**2 + length**2 * width / 84)
+
+
+def _routed_layer_targets():
+    layer, length, peer = "colt5_layer", 16384, "colt5-attention"
+    for mode in BOTH:
+        for text, other, own, bound in (
+            ("a dense layer of its heavy widths", "dense-sdpa", "ours", 8),
+            ("CoLT5-attention's block of the same widths", peer, "ours-peer-widths", 1.5),
+            ("LongT5's local layer", "longt5-local", "ours", 2),
+            ("LongT5's transient-global layer", "longt5-transient", "ours", 2),
+        ):
+            yield Target(
+                f"CoLT5 layer, {mode} of 16k tokens: times faster than {text}",
+                lambda rows, mode=mode, other=other, own=own: rows.ratio(layer, mode, length, other, own),
+                bound,
+            )
+        yield Target(
+            f"CoLT5 layer, {mode} of 16k tokens: peak memory over that of CoLT5-attention's block",
+            lambda rows, mode=mode: rows.ratio(layer, mode, length, "ours-peer-widths", peer, "peak_mib"),
+            1,
+            at_most=True,
+        )
+    yield Target(
+        "CoLT5's Base encoder, forward of 64k tokens: GiB at the peak",
+        lambda rows: rows.field("colt5_base_encoder", "forward", 65536, "ours", "peak_mib", 1024),
+        8,
+        at_most=True,
+    )
+    yield Target(
+        "CoLT5 layer of 16k tokens: counted FLOPs over the paper's formula, which leaves the windows out",
+        lambda rows: rows.field("colt5_paper_layer", "forward", length, "ours", "gflops", paper_flops(length) / 1e9),
+        1.05,
+        at_most=True,
+    )
+
+
+TARGETS = [
+    *_attention_targets(),
+    *_decoding_targets(),
+    *_softmax_targets(),
+    *_routing_targets(),
+    *_routed_layer_targets(),
+]
 
 
 def report(rows: list[Row]) -> list[tuple[str, str, str, str, str]]:

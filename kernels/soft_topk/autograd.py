@@ -1,12 +1,12 @@
 """Joins the forward and backward passes of both methods into differentiable operations. No maths here.
 
-Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node. Defining them twice in a
-process (the package and a checkpoint's own copy) is harmless: the later definition replaces an equal one.
+Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node.
 """
 
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .eager import descent_backward, descent_forward, exact_backward, exact_forward
 
 
@@ -19,7 +19,7 @@ except ImportError:
     pass
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_exact", mutates_args=())
+@custom_operator("soft_topk_exact")
 def soft_topk_exact(
     logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,7 +36,7 @@ def _(logits, k, mask, eps, num_selected, backend):
     return scores, indices, *(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_exact_backward", mutates_args=())
+@custom_operator("soft_topk_exact_backward")
 def soft_topk_exact_backward(
     grad: Tensor, logits: Tensor, mask: Tensor | None, pivot: Tensor, offset: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -53,7 +53,7 @@ def _(grad, logits, mask, pivot, offset, eps, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format), torch.empty_like(pivot)
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_descent", mutates_args=())
+@custom_operator("soft_topk_descent")
 def soft_topk_descent(
     logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -70,7 +70,7 @@ def _(logits, k, mask, temperatures, num_selected, backend):
     return *_fake_outputs(logits, num_selected), duals
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_descent_backward", mutates_args=())
+@custom_operator("soft_topk_descent_backward")
 def soft_topk_descent_backward(
     grad: Tensor,
     logits: Tensor,
