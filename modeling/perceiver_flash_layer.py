@@ -10,7 +10,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_masks import AttentionMask, eager_attention
 from .feed_forward import FeedForward
 from .rotary import apply_rotary
-from .streamed_attention import ContextChunk, split_context, streamed_attention
+from .streamed_attention import ContextChunk, chunked_attention, streamed_attention
 
 
 # The cosines and sines of `rotary_tables`.
@@ -52,6 +52,11 @@ class PerceiverFlashAttention(nn.Module):
         self.v_proj = nn.Linear(context_size, values, bias=bias)
         self.o_proj = nn.Linear(values, block.hidden_size)
 
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping a weight now."""
+        return self.attention_dropout if self.training else 0.0
+
     def project_query(self, hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """`[B, N, C]` to `[B, H, N, D]`."""
         return turn(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotary)
@@ -84,7 +89,7 @@ class PerceiverFlashAttention(nn.Module):
             key,
             value,
             attention_mask.mask,
-            dropout=self.attention_dropout if self.training else 0.0,
+            dropout=self.dropout,
             scaling=self.scaling,
             is_causal=attention_mask.is_causal,
             **kwargs,
@@ -134,8 +139,20 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
             kwargs: what else `PerceiverFlashAttention.forward` reads, among it the mask without `chunk_size`.
         """
         if chunk_size is not None:
-            chunks = split_context(context, chunk_size, key_mask, key_rotary, hidden_states.shape[1] if causal else 0)
-            return self.stream(hidden_states, chunks, query_rotary)
+            attention = self.attention
+            attended = chunked_attention(
+                attention.project_query(self.attention_norm(hidden_states), query_rotary),
+                context,
+                chunk_size,
+                key_mask,
+                key_rotary,
+                hidden_states.shape[1] if causal else 0,
+                self._project,
+                [*self.context_norm.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()],
+                attention.scaling,
+                attention.dropout,
+            )
+            return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
         inputs = self.attention_norm(hidden_states)
         context = inputs if context is None else self.context_norm(context)
         rotary = {"query_rotary": query_rotary, "key_rotary": key_rotary}
@@ -144,17 +161,14 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
     def stream(
         self, hidden_states: torch.Tensor, chunks: Iterable[ContextChunk], query_rotary: Rotary = None
     ) -> torch.Tensor:
-        """As `forward`, with a context that comes in chunks: a sequence of them, or without gradients any iterable."""
+        """As `forward`, with a context that comes in chunks, which are read once; without gradients."""
         attention = self.attention
         query = attention.project_query(self.attention_norm(hidden_states), query_rotary)
-
-        def project(context, rotary):
-            return attention.project_context(self.context_norm(context), rotary)
-
-        parameters = [*self.context_norm.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()]
-        dropout = attention.attention_dropout if self.training else 0.0
-        attended = streamed_attention(query, chunks, project, parameters, attention.scaling, dropout)
+        attended = streamed_attention(query, chunks, self._project, attention.scaling, attention.dropout)
         return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
+
+    def _project(self, context, rotary):
+        return self.attention.project_context(self.context_norm(context), rotary)
 
     def _finish(self, hidden_states, update):
         hidden_states = hidden_states + update if self.query_residual else update

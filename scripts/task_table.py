@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from task_image_classification import ImageClassification
 from task_language_model import CausalLanguageModel, MaskedLanguageModel
 from training_task import TrainingTask
 from transformers import PreTrainedConfig
@@ -11,6 +12,7 @@ from transformers import PreTrainedConfig
 TASKS: dict[str, type[TrainingTask]] = {
     "causal": CausalLanguageModel,
     "masked": MaskedLanguageModel,
+    "image_classification": ImageClassification,
 }
 
 

@@ -13,7 +13,9 @@ from hf_efficient import (
     PerceiverFlashForCausalLM,
     PerceiverFlashForImageClassification,
     PerceiverFlashForMaskedLM,
+    PerceiverFlashForSequenceClassification,
     PerceiverFlashIOModel,
+    PerceiverFlashModel,
 )
 
 
@@ -26,9 +28,15 @@ def ids(rows=2, length=20):
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+CHUNKED = [{}, {"cross_attention_chunk_size": 4}]
 CASES = {
     "masked": (PerceiverFlashForMaskedLM, SIZES, lambda: {"input_ids": ids(), "labels": ids()}),
     "causal": (PerceiverFlashForCausalLM, SIZES, lambda: {"input_ids": ids(), "labels": ids(), "use_cache": False}),
+    "sequences": (
+        PerceiverFlashForSequenceClassification,
+        SIZES,
+        lambda: {"input_ids": ids(), "labels": torch.tensor([0, 1])},
+    ),
     "images": (
         PerceiverFlashForImageClassification,
         {**IMAGES, "pooling": "query"},
@@ -62,7 +70,7 @@ def test_a_batch_equals_its_rows():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", [{}, {"cross_attention_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(case, options, reentrant):
     model_class, sizes, inputs = CASES[case]
@@ -79,22 +87,38 @@ def test_checkpointing_changes_no_gradient(case, options, reentrant):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_as_one_graph(case):
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
+def test_compiles_as_one_graph(case, options):
+    """Result and gradients of a single graph; with chunks the backward pass makes keys and values of each anew."""
     model_class, sizes, inputs = CASES[case]
-    model = make(model_class, **sizes).eval()
+    model = make(model_class, **sizes, **options).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs()).logits, model(**inputs()).logits)
-    compiled(**inputs()).loss.backward()
+    gradients = []
+    for each in (model, compiled):
+        model.zero_grad()
+        each(**inputs()).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @torch.no_grad()
-def test_exports(case):
+def test_exports(case, options):
     model_class, sizes, inputs = CASES[case]
-    model = make(model_class, **sizes).eval()
+    model = make(model_class, **sizes, **options).eval()
     inputs = {name: value for name, value in inputs().items() if name != "labels"}
     program = torch.export.export(model, (), inputs, strict=False)
     torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_base_model_exports():
+    model = make(PerceiverFlashModel, **FEATURES, cross_attention_chunk_size=4).eval()
+    inputs = {"inputs": torch.randn(2, 11, 6), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
+    program = torch.export.export(model, (), inputs, strict=False)
+    torch.testing.assert_close(program.module()(**inputs).pooler_output, model(**inputs).pooler_output)
 
 
 def test_queries_and_masks_export_and_compile():
