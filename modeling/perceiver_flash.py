@@ -59,6 +59,7 @@ class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     _no_split_modules = ["PerceiverFlashLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True

@@ -7,8 +7,9 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_masks import AttentionMask, eager_attention
+from .attention_masks import AttentionMask, eager_attention, is_flash_attention
 from .feed_forward import FeedForward
+from .packed_attention import attend_packed
 from .rotary import apply_rotary
 from .streamed_attention import ContextChunk, chunked_attention, streamed_attention
 
@@ -83,17 +84,11 @@ class PerceiverFlashAttention(nn.Module):
         if layer_past is not None:
             key, value = layer_past.update(key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask.mask,
-            dropout=self.dropout,
-            scaling=self.scaling,
-            is_causal=attention_mask.is_causal,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.dropout, "scaling": self.scaling, "is_causal": attention_mask.is_causal}
+        if attention_mask.mask is not None and is_flash_attention(self.config._attn_implementation):
+            attended = attend_packed(attend, self, query, key, value, attention_mask.mask, **kwargs)
+            return self.o_proj(attended.flatten(2)), None
+        attended, weights = attend(self, query, key, value, attention_mask.mask, **kwargs)
         if attention_mask.sighted is not None:
             attended = attended * attention_mask.sighted.to(attended.dtype)
         # Only eager attention gives weights: what flex attention returns beside its output is something else.
