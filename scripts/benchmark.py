@@ -41,7 +41,8 @@ PARTS = {
     "flash": ["flash_attention"],
     "topk": ["soft_topk"],
     "perceiver": ["perceiver_flash"],
-    "language-perceiver": ["perceiver_flash"],
+    "perceiver-chunks": ["perceiver_flash"],
+    "perceiver-language": ["perceiver_flash"],
 }
 FOLDER = ROOT / "docs/benchmarks"
 OPERATION_FILES = (
@@ -159,11 +160,12 @@ def measure_perceivers(arguments, collect) -> None:
     if "perceiver" in arguments.only:
         for length in arguments.lengths if quick else PERCEIVER_LENGTHS:
             collect(measure_features(length, repeats, peers=not quick))
+    if "perceiver-chunks" in arguments.only:
         collect(measure_chunks(max(arguments.lengths) if quick else CHUNKED_LENGTH, repeats))
         if not quick:
             collect(measure_features(4 * max(PERCEIVER_LENGTHS), 1, only="ours-chunked"))
             collect(measure_chunks(MILLION, 1, whole=False))
-    if "language-perceiver" in arguments.only:
+    if "perceiver-language" in arguments.only:
         for length in arguments.lengths if quick else LANGUAGE_LENGTHS:
             collect(measure_language(length, repeats, quick))
 

@@ -30,7 +30,7 @@ def test_quick_run(tmp_path):
     printed = run_python(
         "scripts/benchmark.py",
         *("--quick", "--threads", 1, "--output", output, "--only", "causal", "generate", "decode", "flash", "topk"),
-        *("perceiver", "language-perceiver"),
+        *("perceiver", "perceiver-chunks", "perceiver-language"),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
