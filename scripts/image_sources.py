@@ -8,11 +8,11 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from datasets import ClassLabel, Dataset, DatasetDict, Features, Image, load_dataset, load_from_disk
+from dataset_splits import check_split_arguments, held_out_split, open_dataset, with_training_split
+from datasets import ClassLabel, Dataset, Features, Image, load_dataset
 from sklearn.datasets import load_digits
 
 
-HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
 # The scans are 1,797 in all; a fifth of them, 360, decides an accuracy to half a percent.
 DIGITS_HELD_OUT = 0.2
 
@@ -90,29 +90,17 @@ def load_images(
     """
     if image_folder is not None and dataset_name is not None:
         raise ValueError("at most one of --image_folder and --dataset_name can be given, got both")
-    if dataset_config_name is not None and dataset_name is None:
-        raise ValueError("--dataset_config_name needs a --dataset_name to go with, got none")
-    if not 0 < validation_split_percentage < 100:
-        raise ValueError(
-            f"--validation_split_percentage must lie between 0 and 100, got {validation_split_percentage}"
-        )
+    check_split_arguments(dataset_name, dataset_config_name, validation_split_percentage)
     if image_folder is None and dataset_name is None:
         return digits()
     source = image_folder or dataset_name
     if image_folder is not None:
         if not os.path.isdir(image_folder):
             raise ValueError(f"--image_folder must be an existing folder, got {image_folder!r}")
-        data = load_dataset("imagefolder", data_dir=image_folder)
-    elif any(os.path.isfile(os.path.join(source, name)) for name in ("dataset_dict.json", "state.json")):
-        data = load_from_disk(source)
+        data = with_training_split(load_dataset("imagefolder", data_dir=image_folder), source)
     else:
-        data = load_dataset(source, dataset_config_name)
-    if not isinstance(data, DatasetDict):
-        data = DatasetDict(train=data)
-    if "train" not in data:
-        raise ValueError(f"{source} must have a 'train' split, got {sorted(data)}")
-    train = keep_images(data["train"], image_column_name, label_column_name, source)
-    held_out = next((split for split in HELD_OUT_SPLITS if split in data), None)
+        data = open_dataset(source, dataset_config_name)
+    train, held_out = keep_images(data["train"], image_column_name, label_column_name, source), held_out_split(data)
     if held_out is None:
         return ImageSplits(*split_labelled(train, validation_split_percentage), source)
     rest = keep_images(data[held_out], image_column_name, label_column_name, source)

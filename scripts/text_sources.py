@@ -6,12 +6,12 @@ one: then its tail is held out.
 """
 
 import hashlib
-import os
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
+from dataset_splits import check_split_arguments, held_out_split, open_dataset
+from datasets import Dataset, load_dataset
 
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")
@@ -175,14 +175,8 @@ def from_files(train_file: str, validation_file: str | None, column: str, percen
 
 def from_dataset(name: str, configuration: str | None, column: str, percentage: float) -> TextSplits:
     """A dataset by its Hub name, or a local path: one with a loader, files, or what `save_to_disk` wrote."""
-    saved = os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json"))
-    data = load_from_disk(name) if saved else load_dataset(name, configuration)
-    if not isinstance(data, DatasetDict):
-        data = DatasetDict(train=data)
-    if "train" not in data:
-        raise ValueError(f"--dataset_name must have a 'train' split, got {sorted(data)} in {name!r}")
-    train = keep_text(data["train"], column, name)
-    held_out = next((split for split in ("validation", "valid", "dev", "test") if split in data), None)
+    data = open_dataset(name, configuration)
+    train, held_out = keep_text(data["train"], column, name), held_out_split(data)
     if held_out is not None:
         return TextSplits(train, keep_text(data[held_out], column, name), f"{name} (held out: its {held_out!r} split)")
     return TextSplits(*split_rows(train, percentage, name), name)
@@ -209,12 +203,7 @@ def load_splits(
         raise ValueError(f"at most one of {', '.join(sources)} can be given, got {' and '.join(named)}")
     if validation_file is not None and train_file is None:
         raise ValueError("--validation_file needs a --train_file to go with, got none")
-    if dataset_config_name is not None and dataset_name is None:
-        raise ValueError("--dataset_config_name needs a --dataset_name to go with, got none")
-    if not 0 < validation_split_percentage < 100:
-        raise ValueError(
-            f"--validation_split_percentage must lie between 0 and 100, got {validation_split_percentage}"
-        )
+    check_split_arguments(dataset_name, dataset_config_name, validation_split_percentage)
     percentage = validation_split_percentage
     if train_file is not None:
         return from_files(train_file, validation_file, text_column_name, percentage)
