@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 
 from .encoder_decoder_parts import part_of
-from .self_contained import SelfContainedConfig
+from .x_transformer_inputs import XTransformerInputsConfig
 from .x_transformer_rules import (
     check_at_least,
     check_attention,
@@ -24,10 +24,11 @@ PREFIX_LAYER_TYPE = "full_attention_with_prefix"
 
 
 @strict
-class XTransformerConfig(SelfContainedConfig):
+class XTransformerConfig(XTransformerInputsConfig):
     r"""
     Every choice an XTransformer is made of. The fields stand in groups; each group is one small file in modeling/.
-    One configuration serves the decoder, the encoder and the encoder–decoder.
+    One configuration serves the decoder, the encoder and the encoder–decoder. Fields about images and vectors, in
+    place of tokens, stand in `XTransformerInputsConfig`.
 
     **Sizes**
 
@@ -95,16 +96,23 @@ class XTransformerConfig(SelfContainedConfig):
         residual_scale (`float`, defaults to 1): constant factor on the stream at each sum (arXiv 2203.00555).
         learned_residual_scale (`bool`, defaults to `False`): a learned factor for each channel there
             (arXiv 2110.09456).
+        num_residual_streams (`int`, defaults to 1): hyper-connections: so many streams, which every branch reads,
+            writes and mixes with weights of its own (arXiv 2409.19606). Needs norm_position `"pre"` or `"sandwich"`.
+        residual_stream_mixing (`str`, defaults to `"free"`): of them: `"free"`, or `"doubly_stochastic"`
+            (arXiv 2512.24880), for which sinkhorn_iterations (`int`, defaults to 20) divide rows and columns.
         layer_scale_init_value (`float`, *optional*): LayerScale on each branch, with this initial value
             (arXiv 2103.17239).
         zero_init_branches (`bool`, defaults to `False`): every branch starts as zero.
-        layerdrop (`float`, defaults to 0): probability of leaving a branch out of a training step (arXiv 1603.09382).
-        shift_tokens (`int`, defaults to 0): how many neighbours (before; and behind, in an encoder) give a part of
-            the channels that enter each branch (arXiv 2106.07477).
+        layerdrop (`float` or `list[float]`, defaults to 0): probability of leaving a branch out of a training step
+            (arXiv 1603.09382), or one for each branch of the stack, in their order.
+        shift_tokens (`int` or `list[int]`, defaults to 0): how many neighbours (before; and behind, in an encoder)
+            give a part of the channels that enter each branch (arXiv 2106.07477), or one number for each branch.
         macaron (`bool`, defaults to `False`): a second feed-forward before the attention, each with factor 1/2
             (arXiv 1906.02762).
         sublayer_order (`str`, *optional*): self-attentions, cross-attentions and feed-forwards in an order of one's
             own, such as `"aaafafff"` (arXiv 1911.03864). A block begins at each self-attention.
+        cross_attention_only (`bool`, defaults to `False`): blocks without self-attention, of an encoder with
+            add_cross_attention: tokens that read another sequence and not each other.
         layer_execution_order (`list[int]`, *optional*): which block runs when, with repetitions: `[0] * 12` is one
             block twelve times (arXiv 1909.11942, 2405.15071).
 
@@ -136,6 +144,7 @@ class XTransformerConfig(SelfContainedConfig):
         value_gate (`str`, *optional*): a `"sigmoid"` or `"silu"` of the input for each channel of the heads' output.
         value_gate_rank (`int`, *optional*): that gate through a bottleneck.
         value_gate_per_head (`bool`, defaults to `False`): that gate for each head.
+        value_gate_bias (`bool`, defaults to `False`): that gate with a bias, which starts at 10: open.
         attention_on_attention (`bool`, defaults to `False`): a GLU as output projection (arXiv 1908.06954).
         masked_key_probability (`float`, defaults to 0): share of the tokens (never the first) that no token sees in a
             training step (arXiv 2210.13432).
@@ -232,12 +241,16 @@ class XTransformerConfig(SelfContainedConfig):
     residual_type: Literal["sum", "gru"] = "sum"
     residual_scale: float | int = 1.0
     learned_residual_scale: bool = False
+    num_residual_streams: int = 1
+    residual_stream_mixing: Literal["free", "doubly_stochastic"] = "free"
+    sinkhorn_iterations: int = 20
     layer_scale_init_value: float | int | None = None
     zero_init_branches: bool = False
-    layerdrop: float | int = 0.0
-    shift_tokens: int = 0
+    layerdrop: float | int | list[float] = 0.0
+    shift_tokens: int | list[int] = 0
     macaron: bool = False
     sublayer_order: str | None = None
+    cross_attention_only: bool = False
     layer_execution_order: list[int] | None = None
     # Attention
     attention_bias: bool = False
@@ -263,6 +276,7 @@ class XTransformerConfig(SelfContainedConfig):
     value_gate: Literal["sigmoid", "silu"] | None = None
     value_gate_rank: int | None = None
     value_gate_per_head: bool = False
+    value_gate_bias: bool = False
     attention_on_attention: bool = False
     masked_key_probability: float | int = 0.0
     # Feed-forward
@@ -327,7 +341,8 @@ class XTransformerConfig(SelfContainedConfig):
     def block_orders(self) -> list[str]:
         """For each block that has weights, its branches in order: a(ttention), c(ross-attention), f(eed-forward)."""
         if self.sublayer_order is None:
-            block = "f" * self.macaron + "a" + "c" * self.add_cross_attention + "f"
+            attentions = "a" * (not self.cross_attention_only) + "c" * self.add_cross_attention
+            block = "f" * self.macaron + attentions + "f"
             count = (
                 self.num_hidden_layers if self.layer_execution_order is None else max(self.layer_execution_order) + 1
             )
@@ -336,6 +351,16 @@ class XTransformerConfig(SelfContainedConfig):
         blocks = [f"a{branches}" for branches in rest]
         return [first + blocks[0], *blocks[1:]]
 
+    def of_branch(self, name: str, branch_idx: int) -> Any:
+        """The value for one branch of the stack of a field that is one value for all or a list."""
+        value = getattr(self, name)
+        return value[branch_idx] if isinstance(value, list) else value
+
+    @property
+    def shifts_tokens(self) -> bool:
+        """Whether any branch shifts its tokens."""
+        return any(self.shift_tokens) if isinstance(self.shift_tokens, list) else self.shift_tokens > 0
+
     @property
     def execution_order(self) -> list[int]:
         """The block that runs at each of the `num_hidden_layers` steps."""
@@ -343,9 +368,14 @@ class XTransformerConfig(SelfContainedConfig):
         return list(range(self.num_hidden_layers)) if order is None else order
 
     @property
+    def keeps_prefix(self) -> bool:
+        """Whether a cache has to know of more than keys and values of tokens."""
+        return bool(self.num_memory_tokens or self.shifts_tokens or self.prepend_embeddings)
+
+    @property
     def layer_types(self) -> list[str]:
         """The cache layer of each block, by transformers' names."""
-        if (self.is_decoder or self.is_encoder_decoder) and (self.num_memory_tokens or self.shift_tokens):
+        if (self.is_decoder or self.is_encoder_decoder) and self.keeps_prefix:
             kind = PREFIX_LAYER_TYPE
         elif self.sliding_window is None or self.is_encoder_decoder or self.add_cross_attention:
             # The cache of cross-attention has the same types, and must not slide.
@@ -389,11 +419,20 @@ class XTransformerConfig(SelfContainedConfig):
         changes = {**(self.encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
         if self.sublayer_order is not None:
             changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
-        return part_of(self, _DERIVED_FROM, **changes)
+        return part_of(self, DERIVED_FROM, **changes)
 
     def decoder_config(self) -> "XTransformerConfig":
         """The configuration of the decoder of an encoder–decoder."""
         return part_of(self, {}, is_decoder=True, add_cross_attention=True)
+
+    def image_encoder_config(self) -> "XTransformerConfig":
+        """The configuration of the image encoder of a model for images and text."""
+        changes = {**(self.image_encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
+        if self.sublayer_order is not None:
+            changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
+        # What only tokens have.
+        changes = {"absolute_positions": None, "embedding_size": None, "type_vocab_size": 0, **changes}
+        return part_of(self, DERIVED_FROM, **changes)
 
     # Validation: the rules stand in x_transformer_rules.py.
 
@@ -416,6 +455,7 @@ class XTransformerConfig(SelfContainedConfig):
         check_attention(self)
         check_layout(self)
         check_kind(self)
+        self.check_inputs()
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -426,7 +466,7 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + finer[::2][: heads - power]
 
 
-_DERIVED_FROM = {
+DERIVED_FROM = {
     "hidden_size": ("head_dim", "value_head_dim", "intermediate_size", "embedding_size", "dynamic_bias_hidden_size"),
     "num_attention_heads": ("head_dim", "value_head_dim", "num_key_value_heads", "alibi_slopes"),
     "head_dim": ("value_head_dim",),

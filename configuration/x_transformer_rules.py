@@ -24,16 +24,28 @@ def refuse(config, name: str, needed: str, why: str) -> None:
     raise ValueError(f"{name}={getattr(config, name)!r} needs {needed}: {why}")
 
 
+def check_each_branch(config, name: str, holds, expected: str) -> None:
+    """The field `name` is one value, or a list with one for each branch of the stack, for all of which `holds`."""
+    value, branches = getattr(config, name), sum(len(order) for order in config.block_orders)
+    values = value if isinstance(value, list) else [value]
+    # Of an encoder–decoder, each half checks its own list.
+    if isinstance(value, list) and len(value) != branches and not config.is_encoder_decoder:
+        raise ValueError(f"{name} must have one entry for each of the {branches} branches, got {len(value)}")
+    if not all(holds(entry) for entry in values):
+        raise ValueError(f"{name} must be {expected}, got {value}")
+
+
 def check_sizes(config) -> None:
     """Ranges of single numbers."""
     check_at_least(config, 1, "vocab_size", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
     check_at_least(config, 1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
     check_at_least(config, 1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
-    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "shift_tokens")
+    check_at_least(config, 1, "num_residual_streams", "sinkhorn_iterations")
+    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values")
     check_at_least(config, 0, "chunk_size_feed_forward", "sliding_window_ahead")
     for name in (
         "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
-        "feed_forward_output_dropout", "layerdrop", "masked_key_probability", "encoder_token_dropout",
+        "feed_forward_output_dropout", "masked_key_probability", "encoder_token_dropout",
         "classifier_dropout",
     ):  # fmt: skip
         if not 0 <= getattr(config, name) < 1:
@@ -90,9 +102,9 @@ def check_attention(config) -> None:
         raise ValueError(f"qk_norm_groups must divide head_dim ({config.head_dim}), got {config.qk_norm_groups}")
     if config.qk_norm in (None, "rms", "rms_key") and config.qk_norm_groups != 1:
         refuse(config, "qk_norm_groups", "qk_norm 'l2' or 'l2_learned'", "no other norm has groups")
-    if config.value_gate is None and (config.value_gate_rank is not None or config.value_gate_per_head):
-        name = "value_gate_per_head" if config.value_gate_per_head else "value_gate_rank"
-        refuse(config, name, "value_gate 'sigmoid' or 'silu'", "there is no gate to shape")
+    for name, plain in (("value_gate_rank", None), ("value_gate_per_head", False), ("value_gate_bias", False)):
+        if config.value_gate is None and getattr(config, name) != plain:
+            refuse(config, name, "value_gate 'sigmoid' or 'silu'", "there is no gate to shape")
     if config.value_gate_rank is not None and config.value_gate_per_head:
         refuse(config, "value_gate_per_head", "value_gate_rank=None", "a gate per head has no bottleneck")
     if config.attention_on_attention and config.attention_out_bias:
@@ -111,10 +123,21 @@ def check_layout(config) -> None:
         refuse(config, "gate_channel_scale", "gated_feed_forward=True", "there is no gate to scale")
     if config.residual_type == "gru" and config.residual_scale != 1:
         refuse(config, "residual_scale", "residual_type='sum'", "a GRU cell does not sum")
+    if config.num_residual_streams > 1:
+        if config.norm_position not in ("pre", "sandwich"):
+            refuse(config, "num_residual_streams", "norm_position 'pre' or 'sandwich'", "streams are summed unnormed")
+        for name, plain in (("residual_type", "sum"), ("residual_scale", 1), ("learned_residual_scale", False)):
+            if getattr(config, name) != plain:
+                refuse(config, name, "num_residual_streams=1", "hyper-connections are a residual rule themselves")
+    elif config.residual_stream_mixing != "free":
+        refuse(config, "residual_stream_mixing", "num_residual_streams above 1", "a single stream mixes with nothing")
     if config.norm_type == "dynamic_tanh" and config.norm_position == "post":
         refuse(config, "norm_type", "a norm_position other than 'post'", "it bounds the stream, which then dies out")
-    if config.shift_tokens and (2 * config.shift_tokens + 1) > config.hidden_size:
-        refuse(config, "shift_tokens", "a larger hidden_size", "each shift takes a part of the channels")
+    if config.cross_attention_only:
+        if config.sublayer_order is not None:
+            refuse(config, "cross_attention_only", "sublayer_order=None", "the order already says what runs")
+        if config.is_encoder_decoder or not config.add_cross_attention:
+            refuse(config, "cross_attention_only", "one stack with add_cross_attention=True", "else nothing is read")
     if config.sublayer_order is not None:
         order, crosses = config.sublayer_order, config.add_cross_attention or config.is_encoder_decoder
         if "a" not in order or set(order) - set("afc") or ("c" in order) != crosses:
@@ -142,12 +165,15 @@ def check_layout(config) -> None:
                 f"layer_execution_order must name every block from 0 to {len(config.block_orders) - 1} and no "
                 f"other, got {order}"
             )
+    largest = (config.hidden_size - 1) // 2  # each shift takes a part of the channels
+    check_each_branch(config, "shift_tokens", lambda shift: 0 <= shift <= largest, f"from 0 to {largest}")
+    check_each_branch(config, "layerdrop", lambda share: 0 <= share < 1, "in [0, 1)")
 
 
 def check_kind(config) -> None:
     """Decoders, encoders and both."""
     if config.prefix_lm:
-        if config.shift_tokens:
+        if config.shifts_tokens:
             refuse(config, "prefix_lm", "shift_tokens=0", "a shift only knows what comes before")
         if config.rotary_positions == "xpos":
             refuse(config, "prefix_lm", "rotary_positions other than 'xpos'", "its decay grows for later keys")
@@ -181,6 +207,8 @@ def check_stack(config) -> None:
     if config.is_encoder_decoder:
         refuse(config, "is_encoder_decoder", "XTransformerForConditionalGeneration", "this model is one stack")
     if config.is_decoder:
+        if config.cross_attention_only:
+            refuse(config, "cross_attention_only", "is_decoder=False", "without self-attention nothing is causal")
         return
     if config.rotary_positions == "xpos":
         refuse(config, "rotary_positions", "is_decoder=True", "its decay grows without bound for later keys")

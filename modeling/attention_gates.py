@@ -31,7 +31,8 @@ class ValueGate(nn.Module):
             channels * config.num_attention_heads,
         )
         self.down = None if rank is None else nn.Linear(config.hidden_size, rank, bias=False)
-        self.proj = ZeroLinear(config.hidden_size if rank is None else rank, out, bias=False)
+        size = config.hidden_size if rank is None else rank
+        self.proj = ZeroLinear(size, out, bias=config.value_gate_bias, initial_bias=10.0)
 
     def forward(self, inputs: torch.Tensor, heads: torch.Tensor) -> torch.Tensor:
         """Gate `heads` `[B, H, N, D]` by `inputs` `[B, N, C]`."""

@@ -9,9 +9,9 @@ What the default decoder computes, from here down:
     logits = lm_head(norm(x))                                                 XTransformerForCausalLM.forward
 
 Every option replaces or surrounds one of these pieces and stands in a file of its own: x_transformer_embeddings.py,
-rotary_embedding.py, position_bias.py, norm_family.py, residual_rules.py, neighbour_shift.py, query_key_norms.py,
-attention_gates.py, softmax_attention.py. The options are those of x-transformers; docs/x_transformer.md has the table.
-The operation is `kernels/flash_attention`.
+rotary_embedding.py, position_bias.py, norm_family.py, residual_rules.py, hyper_connections.py, neighbour_shift.py,
+query_key_norms.py, attention_gates.py, softmax_attention.py. The options are those of x-transformers;
+docs/x_transformer.md has the table. The operation is `kernels/flash_attention`.
 
 Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) with a window w; memory linear in N,
 but for talking heads and residual attention, which hold all scores.
@@ -42,6 +42,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
 from .checked_model import CheckedPreTrainedModel
+from .hyper_connections import join_streams, split_streams
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
 from .performer_inputs import count_positions
@@ -53,6 +54,7 @@ from .shifted_labels import shift_labels_right
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
+    Prefix,
     XTransformerEmbeddings,
     insert_prefix,
     make_token_embedding,
@@ -60,11 +62,12 @@ from .x_transformer_embeddings import (
 )
 from .x_transformer_inputs import (
     check_cache,
+    check_prepended,
     hide_at_random,
     prefix_start,
     real_tokens,
     self_visibility,
-    with_memory,
+    with_prefix,
 )
 from .x_transformer_layer import Carried, XTransformerLayer
 
@@ -105,8 +108,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
     def __init__(self, config: XTransformerConfig):
         super().__init__(config)
         config.check_stack()
-        self.embed_tokens = make_token_embedding(config)
-        self.embeddings = XTransformerEmbeddings(config)
+        self.embed_tokens, self.embeddings = self.make_inputs(config)
         self.memory_tokens = None
         if config.num_memory_tokens:
             self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
@@ -116,6 +118,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
         self.norm = block_norm(config) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_inputs(self, config: XTransformerConfig) -> tuple[nn.Module, nn.Module]:
+        """What makes vectors of the inputs, and what stands between those and the first block."""
+        return make_token_embedding(config), XTransformerEmbeddings(config)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -129,7 +135,11 @@ class XTransformerModel(XTransformerPreTrainedModel):
         token_type_ids: torch.LongTensor | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         encoder_attention_mask: torch.Tensor | None = None,
+        encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
+        prepend_mask: torch.Tensor | None = None,
+        keep_prepended: bool = False,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> BaseModelOutputWithPastAndCrossAttentions:
@@ -143,8 +153,14 @@ class XTransformerModel(XTransformerPreTrainedModel):
             token_type_ids: `[B, N]`, if `config.type_vocab_size`.
             encoder_hidden_states: `[B, K, cross_attention_hidden_size]`, if `config.add_cross_attention`.
             encoder_attention_mask: `[B, K]`, as `attention_mask`.
+            encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
+            prepend_embeds: `[B, P, embedding_size]`, vectors in front of the tokens, such as those of an image. They
+                have no absolute position and are no tokens to `attention_mask`, `position_ids` and the cache. With a
+                cache they count in the first call only; it needs `config.prepend_embeddings`.
+            prepend_mask: `[B, P]`, 1 at those that count, or None if all do; to be given in every call.
+            keep_prepended: return their states too, in front of the tokens': `[B, P + N, hidden_size]`.
             use_cache: return a cache (decoders only).
 
         Raises:
@@ -166,33 +182,40 @@ class XTransformerModel(XTransformerPreTrainedModel):
             position_ids = count_positions(attention_mask, cached, length, inputs_embeds.device)
         check_positions(position_ids, config)
 
-        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
+        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
         mask = real_tokens(attention_mask)
-        hidden_states, mask, position_ids, start = self._with_memory(
-            hidden_states, mask, position_ids, past_key_values
+        if mask is None and prepend_mask is not None:
+            mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
+        hidden_states, mask, position_ids, prefix = self._with_prefix(
+            hidden_states, mask, position_ids, past_key_values, length, prepend_mask
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
         arguments = {
-            "visibility": self._visibility(mask, start, cached, hidden_states, past_key_values, prefix_length),
+            "visibility": self._visibility(mask, prefix, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
             "rotary": None if self.rotary is None else self.rotary(position_ids),
+            "encoder_rotary": self._encoder_rotary(position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
             "past_key_values": past_key_values,
             "padding": padding,
         }
         carried = Carried()
+        hidden_states = split_streams(hidden_states, config.num_residual_streams)
         for layer_idx, block_idx in enumerate(config.execution_order):
             hidden_states, *carried = self.layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
+        hidden_states = join_streams(hidden_states, config.num_residual_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)
         hidden_states = self.norm(hidden_states)
         if hidden_states.shape[1] != length:
-            hidden_states = remove_prefix(hidden_states, config.num_memory_tokens, start)
+            kept = hidden_states.shape[1] - length - config.num_memory_tokens if keep_prepended else 0
+            hidden_states = remove_prefix(hidden_states, prefix, kept)
         return BaseModelOutputWithPastAndCrossAttentions(
             last_hidden_state=hidden_states, past_key_values=past_key_values
         )
@@ -203,32 +226,41 @@ class XTransformerModel(XTransformerPreTrainedModel):
             return cache
         return EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
-    def _with_memory(self, hidden_states, mask, position_ids, past_key_values):
-        """States, mask and positions with memory tokens, and where in each row those stand (None: in front).
+    def _with_prefix(self, hidden_states, mask, position_ids, past_key_values, length, prepend_mask):
+        """States, mask and positions of memory tokens, prepended vectors and tokens; and where the first two stand.
 
-        Memory tokens come with the first call; after it, a cache holds them, and only the mask has to know.
+        They come with the first call; after it, a cache holds them, and only the mask has to know.
+
+        Args:
+            hidden_states: `[B, P + N, C]`, prepended vectors before the `length` tokens.
+            mask, position_ids: of tokens alone.
         """
         memory = self.config.num_memory_tokens
-        if not memory:
-            return hidden_states, mask, position_ids, None
-        first_length, is_first = hidden_states.shape[1], True
-        if past_key_values is not None:
+        prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
+        count, is_first, first_length = memory + prepended.shape[1], True, length
+        if past_key_values is not None and self.config.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
-            is_first = layers[0].prefix_length == 0
+            is_first = layers[0].first_length == 0
             for layer in layers if is_first else ():
-                layer.prefix_length, layer.first_length = memory, first_length
-            first_length = layers[0].first_length
-        start = prefix_start(mask, first_length)
-        mask = with_memory(mask, memory, start)
-        position_ids = position_ids + memory
+                layer.prefix_length, layer.first_length = count, first_length
+            count, first_length = layers[0].prefix_length, layers[0].first_length
+        if not count:
+            return hidden_states, mask, position_ids, Prefix()
+        prefix = Prefix(prefix_start(mask, first_length), count)
+        mask = with_prefix(mask, prefix, real_tokens(prepend_mask))
+        position_ids = position_ids + count
         if is_first:
-            hidden_states = insert_prefix(hidden_states, self.memory_tokens.to(hidden_states.dtype), start)
-            front = torch.arange(memory, device=position_ids.device)
-            rows = position_ids if start is None else position_ids.expand(start.shape[0], -1)
-            position_ids = insert_prefix(rows, front, start)
-        return hidden_states, mask, position_ids, start
+            front = prepended
+            if memory:
+                tokens = self.memory_tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1)
+                front = torch.cat([tokens, prepended], dim=1)
+            hidden_states = insert_prefix(hidden_states, front, prefix.start)
+            places = torch.arange(count, device=position_ids.device)
+            rows = position_ids if prefix.start is None else position_ids.expand(prefix.start.shape[0], -1)
+            position_ids = insert_prefix(rows, places.expand(rows.shape[0], -1), prefix.start)
+        return hidden_states, mask, position_ids, prefix
 
-    def _visibility(self, mask, start, cached, hidden_states, past_key_values, prefix_length) -> Visibility:
+    def _visibility(self, mask, prefix, cached, hidden_states, past_key_values, prefix_length) -> Visibility:
         config, (batch, length) = self.config, hidden_states.shape[:2]
         prefix_lengths = None
         if prefix_length is not None:
@@ -236,15 +268,24 @@ class XTransformerModel(XTransformerPreTrainedModel):
                 raise ValueError(f"prefix_length needs config.prefix_lm=True, got {prefix_length} for a model without")
             ends = torch.as_tensor(prefix_length, device=hidden_states.device).expand(batch)
             if isinstance(cached, int) and cached == 0:
+                start = prefix.start
                 if start is None:
                     start = 0 if mask is None else prefix_start(mask, length)
-                prefix_lengths = ends + config.num_memory_tokens + start
+                prefix_lengths = ends + prefix.length + start
         visibility = self_visibility(config, mask, cached, length, prefix_lengths)
         if past_key_values is not None and past_key_values.is_compileable:
             # Slots of a preallocated cache behind the last token hold nothing yet.
             seen = torch.as_tensor(cached + length, device=hidden_states.device).expand(batch)
             visibility = visibility._replace(key_lengths=seen)
         return visibility
+
+    def _encoder_rotary(self, position_ids, encoder_hidden_states, encoder_position_ids):
+        """Tables for the queries and keys of cross-attention, or None."""
+        if encoder_hidden_states is None or encoder_position_ids is None:
+            return None
+        if self.rotary is None:
+            raise ValueError("encoder_position_ids needs rotary positions, got a model with rotary_positions=None")
+        return self.rotary(position_ids)[0], self.rotary(encoder_position_ids)[1]
 
     def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
         if encoder_hidden_states is None:
@@ -281,6 +322,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
+        prepend_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -297,6 +340,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
             use_cache=use_cache,
             **kwargs,
         )
@@ -425,9 +470,13 @@ class XTransformerEncoderDecoderModel(XTransformerPreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
         if config.share_embeddings:
             self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = XTransformerModel(config.encoder_config())
+        self.encoder = self.make_encoder(config)
         self.decoder = XTransformerModel(config.decoder_config())
         self.post_init()
+
+    def make_encoder(self, config: XTransformerConfig) -> XTransformerModel:
+        """What the decoder reads."""
+        return XTransformerModel(config.encoder_config())
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         # Sharing the tables is a choice of its own: transformers ties nothing unless the head is tied as well.

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from .glu_feed_forward import NormedFeedForward
+from .hyper_connections import make_hyper_connection
 from .neighbour_shift import shift_neighbours, stack_neighbours
 from .norm_family import block_norm
 from .residual_rules import LayerScale, make_residual
@@ -32,27 +33,43 @@ class Branch(nn.Module):
     """What stands around the function f of a branch: norms, LayerScale, and the rule by which it joins the stream.
 
     pre: x + f(N(x)). post: N(x + f(x)). sandwich: x + N(f(N(x))). pre_and_post: N(x + f(N(x))).
+    With several streams, hyper_connections.py says which mixture of them is the x that f reads, and where f goes.
     """
 
-    def __init__(self, config, factor: float = 1.0):
+    def __init__(self, config, branch_idx: int, factor: float = 1.0):
         super().__init__()
         position = config.norm_position
         self.norm = nn.Identity() if position == "post" else block_norm(config)
         self.inner_norm = block_norm(config) if position == "sandwich" else None
         self.outer_norm = block_norm(config) if position in ("post", "pre_and_post") else None
         self.layer_scale = LayerScale(config) if config.layer_scale_init_value is not None else None
-        self.residual = make_residual(config)
-        self.factor, self.layerdrop = factor, config.layerdrop
+        self.hyper_connection = make_hyper_connection(config, branch_idx)
+        self.residual = make_residual(config) if self.hyper_connection is None else None
+        self.factor, self.layerdrop = factor, config.of_branch("layerdrop", branch_idx)
+        self.shift = config.of_branch("shift_tokens", branch_idx)
 
-    def add(self, hidden_states: torch.Tensor, update: torch.Tensor) -> torch.Tensor:
-        """The stream `[B, N, C]` after f gave `update`."""
+    def read(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+        """x `[B, N, C]`, and what `add` needs of a hyper-connection."""
+        if self.hyper_connection is None:
+            return hidden_states, None
+        inputs, *mixed = self.hyper_connection(hidden_states)
+        return inputs, tuple(mixed)
+
+    def add(
+        self, hidden_states: torch.Tensor, update: torch.Tensor, mixed: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> torch.Tensor:
+        """The stream `[B, N, C]` (or the streams `[B, N, n, C]`) after f gave `update`."""
         if self.factor != 1.0:
             update = update * self.factor
         if self.layer_scale is not None:
             update = self.layer_scale(update)
         if self.inner_norm is not None:
             update = self.inner_norm(update)
-        total = self.residual(hidden_states, update)
+        if mixed is None:
+            total = self.residual(hidden_states, update)
+        else:
+            streams, weights = mixed
+            total = torch.addcmul(streams, weights[..., None], update[..., None, :])
         if self.outer_norm is not None:
             total = self.outer_norm(total)
         if self.training and self.layerdrop:
@@ -66,8 +83,9 @@ class XTransformerLayer(GradientCheckpointingLayer):
 
     def __init__(self, config, block_idx: int):
         super().__init__()
+        first_branch = sum(len(order) for order in config.block_orders[:block_idx])
         self.order = config.block_orders[block_idx]
-        self.shift, self.is_causal = config.shift_tokens, config.is_decoder
+        self.is_causal = config.is_decoder
         self.branch_names: list[tuple[str, str]] = []
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
@@ -78,7 +96,8 @@ class XTransformerLayer(GradientCheckpointingLayer):
                 self.add_module(name, NormedFeedForward(config))
             else:
                 self.add_module(name, XTransformerAttention(config, block_idx, is_cross_attention=kind == "c"))
-            self.add_module(f"{name}_branch", Branch(config, 0.5 if kind == "f" and config.macaron else 1.0))
+            factor = 0.5 if kind == "f" and config.macaron else 1.0
+            self.add_module(f"{name}_branch", Branch(config, first_branch + position, factor))
 
     def forward(
         self,
@@ -89,25 +108,27 @@ class XTransformerLayer(GradientCheckpointingLayer):
         visibility: Visibility,
         encoder_visibility: Visibility | None = None,
         rotary=None,
+        encoder_rotary=None,
         position_bias: nn.Module | None = None,
         past_key_values=None,
         padding: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, ...]:
-        """The stream `[B, N, C]` after this block, and what the next one is handed.
+        """The stream `[B, N, C]` (with several, `[B, N, n, C]`) after this block, and what the next one is handed.
 
         Args:
             carried: the fields of `Carried`.
             layer_idx: the place of this step in the cache.
             padding: `[B, N]`, nonzero at real tokens, for the token shift; or None.
             visibility, rotary, position_bias, past_key_values: see `XTransformerAttention.forward`;
-                `encoder_visibility` is that of cross-attention.
+                `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
         for kind, name in self.branch_names:
             function, branch = getattr(self, name), getattr(self, f"{name}_branch")
-            inputs = branch.norm(hidden_states)
-            if self.shift:
-                inputs = self._shifted(inputs, name, past_key_values, layer_idx, padding)
+            inputs, mixed = branch.read(hidden_states)
+            inputs = branch.norm(inputs)
+            if branch.shift:
+                inputs = self._shifted(inputs, branch.shift, name, past_key_values, layer_idx, padding)
             if kind == "f":
                 update = function(inputs)
             elif kind == "a":
@@ -131,23 +152,24 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     carried.cross_scores,
                     visibility=encoder_visibility,
                     layer_idx=layer_idx,
+                    rotary=encoder_rotary,
                     past_key_values=past_key_values,
                 )
                 kept = _kept(function, carried.cross_values, values, scores)
                 carried = carried._replace(**{f"cross_{name}": tensor for name, tensor in kept.items()})
-            hidden_states = branch.add(hidden_states, update)
+            hidden_states = branch.add(hidden_states, update, mixed)
         return hidden_states, *carried
 
-    def _shifted(self, inputs, name, past_key_values, layer_idx, padding):
+    def _shifted(self, inputs, amount, name, past_key_values, layer_idx, padding):
         previous = None
         if past_key_values is not None:
             layer = getattr(past_key_values, "self_attention_cache", past_key_values).layers[layer_idx]
             masked = inputs if padding is None else inputs * padding[..., None].to(inputs.dtype)
             stacked = layer.last_tokens.tokens.get(name)
             if stacked is not None:
-                previous = stacked[:, -1].unflatten(-1, (self.shift, -1))
-            layer.shift_in(name, stack_neighbours(masked, self.shift, previous))
-        return shift_neighbours(inputs, self.shift, self.is_causal, previous, padding)
+                previous = stacked[:, -1].unflatten(-1, (amount, -1))
+            layer.shift_in(name, stack_neighbours(masked, amount, previous))
+        return shift_neighbours(inputs, amount, self.is_causal, previous, padding)
 
 
 def _kept(attention: XTransformerAttention, first_values, values, scores) -> dict:

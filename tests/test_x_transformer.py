@@ -288,6 +288,13 @@ REFUSED = {
     "window ahead": ({"sliding_window_ahead": 3}, "needs sliding_window"),
     "gate scale": ({"gate_channel_scale": True}, "no gate to scale"),
     "gru scale": ({"residual_type": "gru", "residual_scale": 2.0}, "does not sum"),
+    "streams and norms": ({"num_residual_streams": 2, "norm_position": "post"}, "streams are summed"),
+    "streams and rules": ({"num_residual_streams": 2, "residual_type": "gru"}, "residual rule themselves"),
+    "mixing of one stream": ({"residual_stream_mixing": "doubly_stochastic"}, "mixes with nothing"),
+    "too few shifts": ({"shift_tokens": [1]}, "each of the 4 branches"),
+    "too wide a shift": ({"shift_tokens": 16}, "from 0 to 15"),
+    "only cross-attention": ({"cross_attention_only": True}, "else nothing is read"),
+    "bias of no gate": ({"value_gate_bias": True}, "no gate to shape"),
     "order": ({"sublayer_order": "fff"}, "at least one 'a'"),
     "order and blocks": ({"sublayer_order": "afafaf"}, "num_hidden_layers"),
     "macaron order": ({"sublayer_order": "afaf", "macaron": True}, "already says"),
@@ -314,6 +321,8 @@ def test_an_encoder_refuses_what_only_decoders_have():
         make(XTransformerModel, rotary_positions="xpos")
     with pytest.raises(ValueError, match="see each other"):
         make(XTransformerForMaskedLM, prefix_lm=True)
+    with pytest.raises(ValueError, match="nothing is causal"):
+        make(XTransformerForCausalLM, cross_attention_only=True, add_cross_attention=True)
     with pytest.raises(ValueError, match="past_key_values needs is_decoder"):
         make(XTransformerModel)(tokens(1, 5), past_key_values=DynamicCache())
 

@@ -51,9 +51,16 @@ BLOCKS = {
     "pre- and post-norm": {"norm_position": "pre_and_post"},
     "capped output": {"hidden_state_softcapping": 3.0},
     "gru": {"residual_type": "gru", "learned_residual_scale": True},
+    "hyper-connections": {"num_residual_streams": 3},
+    "doubly stochastic": {
+        "num_residual_streams": 2,
+        "residual_stream_mixing": "doubly_stochastic",
+        "sinkhorn_iterations": 5,
+    },
     "layer scale": {"layer_scale_init_value": 0.5},
     "token shift": {"shift_tokens": 1},
     "token shift over three": {"shift_tokens": 3},
+    "token shift in two branches": {"shift_tokens": [0, 2, 1, 0]},
     "macaron": {"macaron": True},
     "order of one's own": {"sublayer_order": "afaffff"},
     "one block twice": {"layer_execution_order": [0, 0]},
@@ -79,7 +86,7 @@ ATTENTION = {
     "head gates": {"head_gate": True, "head_output_scale": True},
     "value gates": {"value_gate": "sigmoid"},
     "low-rank gates": {"value_gate": "silu", "value_gate_rank": 4},
-    "gates per head": {"value_gate": "sigmoid", "value_gate_per_head": True},
+    "gates per head": {"value_gate": "sigmoid", "value_gate_per_head": True, "value_gate_bias": True},
     "attention on attention": {"attention_on_attention": True},
 }
 TOGETHER = {
@@ -122,6 +129,9 @@ def encoder_decoder_model(name: str) -> XTransformerForConditionalGeneration:
     options = {**BOTH[name], "is_encoder_decoder": True, "decoder_start_token_id": 1}
     if "sublayer_order" in options:
         options["sublayer_order"] = options["sublayer_order"].replace("a", "ac")
+    if isinstance(options.get("shift_tokens"), list):  # the decoder has a branch more in each of its two blocks
+        options |= {"encoder_overrides": {"shift_tokens": options["shift_tokens"]}}
+        options |= {"shift_tokens": [*options["shift_tokens"], 0, 1]}
     return settled(decisive(XTransformerForConditionalGeneration(XTransformerConfig(**SIZES, **options))))
 
 

@@ -18,6 +18,7 @@ from ..modeling.x_transformer import (
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
     XTransformerForMaskedLM,
+    XTransformerForTokenClassification,
     XTransformerModel,
     XTransformerPreTrainedModel,
 )
@@ -28,7 +29,7 @@ from .x_transformers_weights import StackWeights
 
 
 LATEST = "2.31.10"
-STACKS = ("Decoder", "Encoder", "PrefixDecoder")
+STACKS = ("Decoder", "Encoder", "PrefixDecoder", "CrossAttender")
 # `XTransformer` passes these to `TransformerWrapper`, the rest to the stack.
 _ENCODER_DECODER_WRAPPER = ("num_tokens", "max_seq_len", "emb_dropout", "num_memory_tokens", "scaled_sinu_pos_emb",
                             "use_abs_pos_emb")  # fmt: skip
@@ -39,8 +40,9 @@ def convert_x_transformers(
 ) -> tuple[XTransformerPreTrainedModel, ConversionReport]:
     """A model of ours with the weights and the behaviour of one of x-transformers.
 
-    A `Decoder` or `PrefixDecoder` becomes `XTransformerForCausalLM`, an `Encoder` `XTransformerForMaskedLM`
-    (`XTransformerModel` with `return_only_embed`), an `XTransformer` `XTransformerForConditionalGeneration`.
+    A `Decoder` or `PrefixDecoder` becomes `XTransformerForCausalLM`, an `Encoder` or `CrossAttender`
+    `XTransformerForMaskedLM`, an `XTransformer` `XTransformerForConditionalGeneration`. With `return_only_embed` it is
+    `XTransformerModel`, with a width or number of output heads of its own `XTransformerForTokenClassification`.
 
     Args:
         source: the module or its state dict, also inside `AutoregressiveWrapper`.
@@ -62,14 +64,19 @@ def convert_x_transformers(
     kind = layers.pop("class", None)
     if kind not in STACKS:
         raise ConversionError(f"attn_layers must name its class, one of {', '.join(STACKS)}, got {kind!r}")
-    stack = _Stack(kind, wrapper, layers, era)
+    stack = SourceStack(kind, wrapper, layers, era)
     config = XTransformerConfig(**stack.fields())
     if stack.wrapper["return_only_embed"]:
-        model, target = XTransformerModel(config), ""
+        model_class, target, head = XTransformerModel, "", None
+    elif stack.has_own_outputs:
+        model_class, target, head = XTransformerForTokenClassification, "model.", "score"
     else:
-        model, target = (XTransformerForMaskedLM if kind == "Encoder" else XTransformerForCausalLM)(config), "model."
-    transfer = WeightTransfer(state, f"{kind} of x-transformers {version}", type(model).__name__)
-    stack.transfer(transfer, "", target, head="lm_head" if target else None)
+        is_decoder = config.is_decoder
+        model_class = XTransformerForCausalLM if is_decoder else XTransformerForMaskedLM
+        target, head = "model.", "lm_head"
+    model = model_class(config)
+    transfer = WeightTransfer(state, f"{kind} of x-transformers {version}", model_class.__name__)
+    stack.transfer(transfer, "", target, head)
     return model.eval(), transfer.load_into(model)
 
 
@@ -89,7 +96,7 @@ def _convert_encoder_decoder(state, arguments, era):
     stacks = []
     for part, kind, more in ((encoder, "Encoder", {}), (decoder, "Decoder", {"cross_attend": True})):
         wrapper = {name: part.pop(name) for name in _ENCODER_DECODER_WRAPPER if name in part}
-        stacks.append(_Stack(kind, wrapper, {"dim": dim, **part, **more}, era))
+        stacks.append(SourceStack(kind, wrapper, {"dim": dim, **part, **more}, era))
     encoder_fields, decoder_fields = (stack.fields() for stack in stacks)
     # All that the encoder says is said, so that nothing of the decoder's is taken over.
     defaults = XTransformerConfig(hidden_size=dim, num_attention_heads=encoder_fields["num_attention_heads"],
@@ -119,12 +126,14 @@ def _convert_encoder_decoder(state, arguments, era):
     return model.eval(), transfer.load_into(model)
 
 
-class _Stack:
+class SourceStack:
     """One `TransformerWrapper` with its stack: its fields, and its weights."""
 
     def __init__(self, kind: str, wrapper: Mapping[str, Any], layers: Mapping[str, Any], era: Era):
         self.kind, self.era = kind, era
         layers = dict(layers)
+        if kind == "CrossAttender":
+            layers |= {"cross_attend": True, "only_cross": True}
         self.cross = {name: layers.pop(name) for name in list(layers) if name.startswith("cross_attn_")}
         if "cross_attn_dim_context" in self.cross:
             layers["cross_attn_dim_context"] = self.cross.pop("cross_attn_dim_context")
@@ -136,8 +145,6 @@ class _Stack:
         self._check_cross_attention()
         if era.rotated_values and self._is_rotary():
             raise ConversionError(f"version {era} also turned the values by their positions, which is not built")
-        if era.biased_value_gate and self.flags["attn_gate_values"]:
-            raise ConversionError(f"attn_gate_values of version {era} has a bias, which is not built")
         if self._is_rotary() and era.interleaved_rotary and self.flags["attn_qk_norm_groups"] > 1:
             raise ConversionError(
                 "attn_qk_norm_groups > 1 with rotary positions: its groups hold other channels than ours"
@@ -158,6 +165,13 @@ class _Stack:
             if value != own:
                 raise ConversionError(f"{name}={value!r} differs from self-attention's {own!r}, which is not built")
 
+    @property
+    def has_own_outputs(self) -> bool:
+        """Whether the output is something else than one logit for each token id."""
+        width, heads = self.wrapper["logits_dim"], self.wrapper["num_output_heads"]
+        tied = self.wrapper["tie_embedding"]
+        return not tied and (heads > 1 or width not in (None, self.wrapper["num_tokens"]))
+
     def _is_rotary(self) -> bool:
         return bool(self.flags["rotary_pos_emb"] or self.flags["rotary_xpos"])
 
@@ -165,11 +179,16 @@ class _Stack:
         """The fields of our configuration."""
         flags, era = self.flags, self.era
         fields = {"rotary_positions": None, "rms_norm_eps": 1e-20, "norm_bias": era.norm_bias}
-        fields |= {"is_decoder": self.kind != "Encoder", "prefix_lm": self.kind == "PrefixDecoder"}
+        fields |= {"is_decoder": self.kind in ("Decoder", "PrefixDecoder"), "prefix_lm": self.kind == "PrefixDecoder"}
         if self.kind == "PrefixDecoder" and flags["shift_tokens"]:
             raise ConversionError("shift_tokens of a PrefixDecoder reads the future, so it has no counterpart")
         fields |= translate(WRAPPER_FLAGS, self.wrapper) | translate(LAYER_FLAGS, flags)
         fields["absolute_positions"] = self._absolute_positions()
+        if era.biased_value_gate and flags["attn_gate_values"]:
+            fields["value_gate_bias"] = True
+        if self.has_own_outputs:
+            width = self.wrapper["logits_dim"] or self.wrapper["num_tokens"]
+            fields["num_labels"] = width * self.wrapper["num_output_heads"]
         fields["lm_head_bias"] = era.head_bias and not self.wrapper["tie_embedding"]
         if self.wrapper["tie_embedding"]:
             scale = self.wrapper["tie_embedding_scale"]
@@ -187,6 +206,8 @@ class _Stack:
 
     def transfer(self, transfer: WeightTransfer, source: str, target: str, head: str | None) -> None:
         """Carry all weights over, see `StackWeights.transfer`."""
-        config = XTransformerConfig(**self.fields())
-        weights = StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())
-        weights.transfer(source, target, head)
+        self.weights(transfer, XTransformerConfig(**self.fields())).transfer(source, target, head)
+
+    def weights(self, transfer: WeightTransfer, config: XTransformerConfig) -> StackWeights:
+        """The weights of this stack, for a model with `config`."""
+        return StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())

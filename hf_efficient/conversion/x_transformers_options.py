@@ -27,6 +27,7 @@ class Flag:
         refused: why a value other than the default cannot be converted, if it cannot.
         form: `"fused"`, or `"written out"` where N×M scores are held.
         cached: whether decoding with a cache gives what decoding without one does.
+        takes_list: whether a list is one value of it, and not a value for each layer.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Flag:
     refused: str = ""
     form: str = "fused"
     cached: str = "yes"
+    takes_list: bool = False
 
     def to_fields(self, value: Any, flags: Mapping[str, Any]) -> Fields:
         """Our fields for `value`.
@@ -46,7 +48,7 @@ class Flag:
         """
         if self.refused and value != self.default:
             raise ConversionError(f"{self.name}={value!r} has no counterpart: {self.refused}")
-        if isinstance(value, (tuple, list)) and self.name not in ("custom_layers", "layers_execute_order"):
+        if isinstance(value, (tuple, list)) and not self.takes_list:
             raise ConversionError(f"{self.name}={value!r}: a value for each layer has no counterpart")
         if self.convert is not None:
             return self.convert(value, flags)
@@ -137,7 +139,33 @@ def _par(value, flags) -> Fields:
 
 
 def _block(flags) -> str:
-    return "f" * flags["macaron"] + "a" + "c" * flags["cross_attend"] + "f"
+    attentions = "a" * (not flags["only_cross"]) + "c" * flags["cross_attend"]
+    return "f" * flags["macaron"] + attentions + "f"
+
+
+def _each_branch(field: str) -> Callable[[Any, Mapping[str, Any]], Fields]:
+    """`field` is one value, or the list of one for each branch."""
+    return lambda value, flags: {field: list(value) if isinstance(value, (tuple, list)) else value}
+
+
+def _scale_residual(value, flags) -> Fields:
+    if not isinstance(value, bool):
+        raise ConversionError(f"scale_residual={value!r}: a constant factor of the branches has no counterpart")
+    return {"learned_residual_scale": value}
+
+
+# What torch's activations are called in transformers.
+ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Sigmoid": "sigmoid", "Tanh": "tanh", "Mish": "mish",
+               "LeakyReLU": "leaky_relu", "ReLU6": "relu6", "Identity": "linear"}  # fmt: skip
+
+
+def _activation(value, flags) -> Fields:
+    name = type(value).__name__
+    if name not in ACTIVATIONS:
+        raise ConversionError(
+            f"ff_custom_activation={value!r} has no counterpart: transformers knows {', '.join(ACTIVATIONS)}"
+        )
+    return {"hidden_act": ACTIVATIONS[name]}
 
 
 def _execution(value, flags) -> Fields:
@@ -160,7 +188,7 @@ LAYER_FLAGS = (
     Flag("depth", None, "num_hidden_layers", "x_transformer.py", lambda v, f: {"num_hidden_layers": v} if v else {}),
     Flag("heads", 8, "num_attention_heads", ATTENTION),
     Flag("cross_attend", False, "add_cross_attention", LAYER),
-    Flag("only_cross", False, refused="blocks without self-attention"),
+    Flag("only_cross", False, "cross_attention_only", LAYER, cached="no: nothing is causal"),
     Flag("only_attn", False, refused=RESEARCH),
     Flag("use_scalenorm", False, "norm_type='scale_norm'", NORMS, _named("norm_type", "scale_norm")),
     Flag("use_rmsnorm", False, "norm_type='rms_norm'", NORMS, _named("norm_type", "rms_norm")),
@@ -190,8 +218,8 @@ LAYER_FLAGS = (
     Flag("disable_abs_pos_emb", None, "absolute_positions=None", INPUTS, _disabled_positions),
     Flag("weight_tie_layers", False, "layer_execution_order=[0, 0, ...]", "x_transformer.py",
          lambda v, f: {"layer_execution_order": [0] * f["depth"]} if v else {}),
-    Flag("custom_layers", None, "sublayer_order", LAYER, _order),
-    Flag("layers_execute_order", None, "layer_execution_order", "x_transformer.py", _execution),
+    Flag("custom_layers", None, "sublayer_order", LAYER, _order, takes_list=True),
+    Flag("layers_execute_order", None, "layer_execution_order", "x_transformer.py", _execution, takes_list=True),
     Flag("sandwich_coef", None, "sublayer_order", LAYER, _sandwich),
     Flag("par_ratio", None, "sublayer_order", LAYER, _par),
     Flag("residual_attn", False, "residual_attention", SOFTMAX, form="written out"),
@@ -203,14 +231,14 @@ LAYER_FLAGS = (
     Flag("pre_and_post_norm", False, "norm_position='pre_and_post'", LAYER, _named("norm_position", "pre_and_post")),
     Flag("sandwich_norm", False, "norm_position='sandwich'", LAYER, _named("norm_position", "sandwich")),
     Flag("gate_residual", False, "residual_type='gru'", RULES, _named("residual_type", "gru")),
-    Flag("scale_residual", False, "learned_residual_scale", RULES),
+    Flag("scale_residual", False, "learned_residual_scale", RULES, _scale_residual),
     Flag("scale_residual_constant", 1.0, "residual_scale", RULES),
-    Flag("shift_tokens", 0, "shift_tokens", "neighbour_shift.py"),
+    Flag("shift_tokens", 0, "shift_tokens", "neighbour_shift.py", _each_branch("shift_tokens"), takes_list=True),
     Flag("softclamp_output", False, "hidden_state_softcapping", "x_transformer.py",
          lambda v, f: {"hidden_state_softcapping": float(f["softclamp_output_value"])} if v else {}),
     Flag("softclamp_output_value", 30.0, "hidden_state_softcapping", "x_transformer.py", _nothing),
     Flag("zero_init_branch_output", False, "zero_init_branches", RULES),
-    Flag("layer_dropout", 0.0, "layerdrop", LAYER),
+    Flag("layer_dropout", 0.0, "layerdrop", LAYER, _each_branch("layerdrop"), takes_list=True),
     Flag("cross_attn_tokens_dropout", 0.0, "encoder_token_dropout", "x_transformer_inputs.py"),
     Flag("use_layerscale", False, "layer_scale_init_value", RULES,
          lambda v, f: {"layer_scale_init_value": float(f["layerscale_init_value"])} if v else {}),
@@ -284,6 +312,7 @@ LAYER_FLAGS = (
     Flag("ff_glu_mult_bias", False, "gate_channel_scale", MLP),
     Flag("ff_swish", False, "hidden_act='silu'", MLP, _named("hidden_act", "silu")),
     Flag("ff_relu_squared", False, "hidden_act='relu2'", MLP, _named("hidden_act", "relu2")),
+    Flag("ff_custom_activation", None, "hidden_act", MLP, _activation),
     Flag("ff_post_act_ln", False, "feed_forward_norm", MLP),
     Flag("ff_dropout", 0.0, "feed_forward_dropout", MLP),
     Flag("ff_sublayer_dropout", 0.0, "feed_forward_output_dropout", MLP),
@@ -294,7 +323,7 @@ LAYER_FLAGS = (
     *(
         Flag(f"ff_{name}", default, refused=RESEARCH)
         for name, default in {
-            "solu": False, "custom_activation": None, "softclamp_value": None, "glu_softclamp": False, "dim_out": None,
+            "solu": False, "softclamp_value": None, "glu_softclamp": False, "dim_out": None,
         }.items()
     ),
 )  # fmt: skip
@@ -315,14 +344,17 @@ WRAPPER_FLAGS = (
     Flag("l2norm_embed", False, "l2_normalize_embeddings", INPUTS),
     Flag("embed_num_tokens", {}, "type_vocab_size", INPUTS,
          lambda v, f: {"type_vocab_size": next(iter(v.values()))} if len(v) == 1 else _several_types(v)),
+    Flag("logits_dim", None, "num_labels (XTransformerForTokenClassification)", "x_transformer.py", _nothing),
+    Flag("num_output_heads", 1, "num_labels (their heads one behind the other)", "x_transformer.py", _nothing),
+    Flag("squeeze_out_last_dim", False, "(the last axis stays)", "x_transformer.py", _nothing),
     Flag("return_only_embed", False, "(XTransformerModel)", "x_transformer.py", _nothing),
     Flag("attn_z_loss_weight", 1e-4, "(unused by the original)", "", _nothing),
     Flag("input_not_include_cache", False, "(what a cache always means here)", "", _nothing),
     *(
         Flag(name, default, refused=RESEARCH)
         for name, default in {
-            "memory_tokens_interspersed_every": None, "logits_dim": None, "num_output_heads": 1, "recycling": False,
-            "looped": False, "emb_frac_gradient": 1.0, "attn_pool": False, "squeeze_out_last_dim": False,
+            "memory_tokens_interspersed_every": None, "recycling": False, "looped": False, "emb_frac_gradient": 1.0,
+            "attn_pool": False,
             "token_emb": None, "mixture_of_softmax": False, "sigsoftmax_logits": False, "ff_deep_embed": False,
             "to_logits": None, "add_continuous_pred_head": False, "max_mem_len": 0, "shift_mem_down": 0,
             "average_pool_embed": False, "use_cls_token": False,

@@ -39,8 +39,18 @@ class StackWeights:
     def transfer(self, source: str, target: str, head: str | None) -> None:
         """Carry over what is named `source...` to `target...`; `head` is our output head's name, None without one."""
         transfer = self.transfer_weights
-        wrapper, config = self.wrapper, self.config
+        config = self.config
         transfer.move(f"{target}embed_tokens.weight", f"{source}token_emb.emb.weight")
+        self.embeddings(source, target)
+        if head == "score":
+            self._labels(source)
+        elif head is not None and not config.tie_word_embeddings:
+            transfer.move_linear(head, f"{source}to_logits", bias=config.lm_head_bias)
+        self.stack(f"{source}attn_layers.", target)
+
+    def embeddings(self, source: str, target: str) -> None:
+        """Carry over what stands between the token table and the first block."""
+        transfer, wrapper, config = self.transfer_weights, self.wrapper, self.config
         if config.absolute_positions == "learned":
             scale = 1.0 if config.l2_normalize_embeddings else config.token_size**-0.5
             positions = f"{target}embeddings.positions.weight"
@@ -51,16 +61,24 @@ class StackWeights:
             name = next(iter(wrapper["embed_num_tokens"]))
             transfer.move(f"{target}embeddings.token_types.weight", f"{source}embeds.{name}_embed.weight")
         if config.embedding_norm:
-            self._layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
+            self.layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
         if config.token_size != config.hidden_size:
             transfer.move_linear(f"{target}embeddings.projection", f"{source}project_emb")
         if config.num_memory_tokens:
             transfer.move(f"{target}memory_tokens", f"{source}memory_tokens")
-        if head is not None and not config.tie_word_embeddings:
-            transfer.move_linear(head, f"{source}to_logits", bias=config.lm_head_bias)
-        self._stack(f"{source}attn_layers.", target)
 
-    def _stack(self, source: str, target: str) -> None:
+    def _labels(self, source: str) -> None:
+        """One head, or several as the rows of one."""
+        transfer, heads = self.transfer_weights, self.wrapper["num_output_heads"]
+        indices = [""] if heads == 1 else [f"{index}." for index in range(heads)]
+        names = [f"{source}to_logits.{index}weight" for index in indices]
+        rows = [tensor for name in names if (tensor := transfer.read(name)) is not None]
+        if rows:
+            transfer.put("score.weight", torch.cat(rows), names)
+            transfer.put("score.bias", rows[0].new_zeros(self.config.num_labels), [])
+
+    def stack(self, source: str, target: str) -> None:
+        """Carry over the blocks alone, and the final norm."""
         config = self.config
         index = 0
         for block, order in enumerate(config.block_orders):
@@ -90,7 +108,7 @@ class StackWeights:
         offset = float(self.era.unit_offset and self.flags["norm_add_unit_offset"])
         move = self.transfer_weights.move
         if kind == "layer_norm":
-            self._layer_norm(target, source, offset)
+            self.layer_norm(target, source, offset)
         elif kind == "rms_norm":
             move(f"{target}.weight", f"{source}.g", lambda weight: weight + offset)
         elif kind == "scale_norm":
@@ -101,7 +119,8 @@ class StackWeights:
             move(f"{target}.weight", f"{source}.gamma", lambda weight: weight + offset)
             move(f"{target}.bias", f"{source}.beta")
 
-    def _layer_norm(self, target: str, source: str, offset: float = 0.0) -> None:
+    def layer_norm(self, target: str, source: str, offset: float = 0.0) -> None:
+        """Carry over a LayerNorm; `offset` is what its stored weight lacks."""
         self.transfer_weights.move(
             f"{target}.weight", f"{source}.{self.era.norm_weight}", lambda weight: weight + offset
         )
@@ -137,13 +156,13 @@ class StackWeights:
         else:
             transfer.move_linear(f"{target}.up_proj", where.name("ff.0.0"), config.mlp_bias)
         if config.feed_forward_norm:
-            self._layer_norm(f"{target}.norm", where.name("ff.1"))
+            self.layer_norm(f"{target}.norm", where.name("ff.1"))
         out = where.name(f"ff.{3 if config.feed_forward_norm else 2}")
         transfer.move_linear(f"{target}.down_proj", out, config.mlp_output_bias)
 
     def _attention(self, where: "_Branch", target: str, is_cross: bool, is_first: bool) -> None:
         config, move = self.config, self.transfer_weights.move
-        turns = self.is_rotary and self.era.interleaved_rotary and not is_cross
+        turns = self.is_rotary and self.era.interleaved_rotary  # in cross-attention only `encoder_position_ids` turn
         size, shared = config.head_dim, key_value_heads(self.flags)
 
         def turned(tensor: Tensor, dim: int) -> Tensor:
@@ -206,6 +225,8 @@ class StackWeights:
                 move(f"{target}.value_gate.down.weight", where.name("to_v_gate.down.weight"))
             name = where.name("to_v_gate.up.weight" if low_rank else "to_v_gate.weight")
             move(f"{target}.value_gate.proj.weight", name, lambda t: rows(t, heads))
+            if config.value_gate_bias:
+                move(f"{target}.value_gate.proj.bias", where.name("to_v_gate.bias"), lambda t: rows(t, heads))
         if config.value_residual == "learned" and not is_first and not is_cross:
             if shared != heads:
                 raise ConversionError("learned_value_residual_mix with grouped heads: the original cannot run it")
