@@ -74,7 +74,7 @@ def test_digits_train_and_load(tmp_path):
     found = model(pixel_values=pixels).logits.argmax(dim=-1)
     measured = (found == torch.tensor(rows["label"])).float().mean().item()
     assert measured == pytest.approx(metrics["eval_accuracy"], abs=1e-6) and measured > 0.2
-    assert "image-classification" in (tmp_path / "model/README.md").read_text()
+    assert "- accuracy" in (tmp_path / "model/README.md").read_text()
     latents = plot_latents.main(
         ["--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--num_latents", "3"]
     )
