@@ -19,6 +19,12 @@ from hf_efficient import (
 )
 
 
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """The compiler counts what it has compiled of a function, and gives up at the ninth."""
+    torch.compiler.reset()
+
+
 def make(model_class, **options):
     torch.manual_seed(0)
     return model_class(PerceiverFlashConfig(**options))
@@ -165,6 +171,18 @@ def test_resumed_training_equals_the_uninterrupted_one(tmp_path):
     train(tmp_path / "parts", second, 12, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_items_in_a_batch_are_those_of_the_latents():
+    """Trainer counts all labels that are not ignored, also in front of the latents; the mean is over those behind."""
+    model = make(PerceiverFlashForCausalLM, **SIZES).eval()
+    tokens = ids(rows=3)
+    for labels in (tokens, tokens.masked_fill(torch.arange(20) < 15, -100), tokens.masked_fill(tokens > 30, -100)):
+        count = (labels[:, 1:] != -100).sum()
+        plain, counted = (model(tokens, labels=labels, **more).loss for more in ({}, {"num_items_in_batch": count}))
+        torch.testing.assert_close(counted, plain)
+    nothing = model(tokens, labels=torch.full_like(tokens, -100), num_items_in_batch=torch.tensor(5)).loss
+    assert nothing == 0
 
 
 def test_loss_is_that_of_the_latents_in_their_window():
