@@ -46,6 +46,10 @@ def test_quick_run(tmp_path):
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
     for provider in ("ours", "ours-peer-widths", "dense-sdpa"):
         assert ("colt5_layer", provider, "forward+backward", 128) in found
+    for provider in ("ours", "ours-chunked", "transformers", "ours-converted"):
+        assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
+    assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
+    assert ("perceiver_flash_chunks", "ours-chunked", "forward+backward", 128) in found
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
         assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date

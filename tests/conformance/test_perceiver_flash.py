@@ -14,7 +14,7 @@ from hf_efficient import (
     PerceiverFlashModel,
 )
 
-from .harness import CommonTests, GenerativeTests, TextTester, TrainingTesterMixin
+from .harness import CausalTests, CommonTests, TextTester
 
 
 class PerceiverTester(TextTester):
@@ -85,6 +85,5 @@ class DecoderTester(PerceiverTester):
         return super().config_values() | self.config_arguments
 
 
-class PerceiverFlashDecoderTest(TrainingTesterMixin, GenerativeTests, unittest.TestCase):
+class PerceiverFlashDecoderTest(CausalTests, unittest.TestCase):
     tester = DecoderTester
-    model_tester = None
