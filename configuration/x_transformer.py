@@ -145,6 +145,10 @@ class XTransformerConfig(SelfContainedConfig):
         value_gate_per_head (`bool`, defaults to `False`): that gate for each head.
         value_gate_bias (`bool`, defaults to `False`): that gate with a bias, which starts at 10: open.
         attention_on_attention (`bool`, defaults to `False`): a GLU as output projection (arXiv 1908.06954).
+        mem_len (`int`, defaults to 0): how many states of earlier segments each block remembers (arXiv 1901.02860),
+            see `mems` of `forward`. Not with absolute positions, memory tokens or token shifts.
+        attention_z_loss_coef (`float`, defaults to 0): factor of a penalty on the softmax' denominators
+            (arXiv 2202.08906), which `XTransformerForCausalLM` adds to its loss.
         masked_key_probability (`float`, defaults to 0): share of the tokens (never the first) that no token sees in a
             training step (arXiv 2210.13432).
 
@@ -277,6 +281,8 @@ class XTransformerConfig(SelfContainedConfig):
     value_gate_per_head: bool = False
     value_gate_bias: bool = False
     attention_on_attention: bool = False
+    mem_len: int = 0
+    attention_z_loss_coef: float | int = 0.0
     masked_key_probability: float | int = 0.0
     # Feed-forward
     hidden_act: str = "gelu"
@@ -369,7 +375,9 @@ class XTransformerConfig(SelfContainedConfig):
     @property
     def layer_types(self) -> list[str]:
         """The cache layer of each block, by transformers' names."""
-        if (self.is_decoder or self.is_encoder_decoder) and (self.num_memory_tokens or self.shifts_tokens):
+        if (self.is_decoder or self.is_encoder_decoder) and (
+            self.num_memory_tokens or self.shifts_tokens or self.mem_len
+        ):
             kind = PREFIX_LAYER_TYPE
         elif self.sliding_window is None or self.is_encoder_decoder or self.add_cross_attention:
             # The cache of cross-attention has the same types, and must not slide.

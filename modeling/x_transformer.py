@@ -28,8 +28,6 @@ from transformers.generation import GenerationMixin
 from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import (
     BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
     MaskedLMOutput,
     Seq2SeqLMOutput,
     Seq2SeqModelOutput,
@@ -41,6 +39,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
+from .attention_z_loss import attention_z_loss
 from .checked_model import CheckedPreTrainedModel
 from .hyper_connections import join_streams, split_streams
 from .input_checks import check_attention_mask, check_inputs, check_positions
@@ -50,6 +49,7 @@ from .pooling import pool_hidden_states
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
+from .segment_memory import check_mems, recall, remember
 from .shifted_labels import shift_labels_right
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
@@ -68,6 +68,7 @@ from .x_transformer_inputs import (
     with_memory,
 )
 from .x_transformer_layer import Carried, XTransformerLayer
+from .x_transformer_outputs import XTransformerCausalLMOutput, XTransformerModelOutput
 
 
 class XTransformerPreTrainedModel(CheckedPreTrainedModel):
@@ -132,9 +133,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
+        mems: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> XTransformerModelOutput:
         """Hidden states for `[B, N]` token ids.
 
         Args:
@@ -148,6 +150,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
             encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
+            mems: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the segment
+                before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
             use_cache: return a cache (decoders only).
 
         Raises:
@@ -175,23 +179,33 @@ class XTransformerModel(XTransformerPreTrainedModel):
             hidden_states, mask, position_ids, past_key_values
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
+        check_mems(mems, hidden_states.shape[0], config)
+        recalled, query_position_ids = None, position_ids
+        if config.mem_len:
+            mask, query_position_ids, recalled = recall(mems, mask, position_ids, past_key_values, length)
+            position_ids = recalled.key_position_ids
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
         arguments = {
             "visibility": self._visibility(mask, start, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
-            "rotary": None if self.rotary is None else self.rotary(position_ids),
-            "encoder_rotary": self._encoder_rotary(position_ids, encoder_hidden_states, encoder_position_ids),
+            "rotary": self._rotary(query_position_ids, position_ids),
+            "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
             "past_key_values": past_key_values,
             "padding": padding,
+            "recalled": recalled,
         }
-        carried = Carried()
+        carried, entered = Carried(), []
         hidden_states = split_streams(hidden_states, config.num_residual_streams)
         for layer_idx, block_idx in enumerate(config.execution_order):
             hidden_states, *carried = self.layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
+            carried = Carried(*carried)
+            if carried.entered is not None:
+                entered.append(carried.entered)
+                carried = carried._replace(entered=None)
         hidden_states = join_streams(hidden_states, config.num_residual_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
@@ -199,8 +213,15 @@ class XTransformerModel(XTransformerPreTrainedModel):
         hidden_states = self.norm(hidden_states)
         if hidden_states.shape[1] != length:
             hidden_states = remove_prefix(hidden_states, config.num_memory_tokens, start)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
+        is_first = isinstance(cached, int) and cached == 0
+        z_loss = None
+        if carried.lse is not None:
+            z_loss = config.attention_z_loss_coef * attention_z_loss(carried.lse, padding)
+        return XTransformerModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            mems=remember(entered, mems, config) if entered and is_first else None,
+            attention_z_loss=z_loss,
         )
 
     def _new_cache(self) -> Cache:
@@ -252,6 +273,14 @@ class XTransformerModel(XTransformerPreTrainedModel):
             visibility = visibility._replace(key_lengths=seen)
         return visibility
 
+    def _rotary(self, query_position_ids, key_position_ids):
+        """Tables for the queries and for the keys, or None."""
+        if self.rotary is None:
+            return None
+        if query_position_ids is key_position_ids:
+            return self.rotary(query_position_ids)
+        return self.rotary(query_position_ids)[0], self.rotary(key_position_ids)[1]
+
     def _encoder_rotary(self, position_ids, encoder_hidden_states, encoder_position_ids):
         """Tables for the queries and keys of cross-attention, or None."""
         if encoder_hidden_states is None or encoder_position_ids is None:
@@ -298,7 +327,7 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithCrossAttentions:
+    ) -> XTransformerCausalLMOutput:
         """Next-token logits `[B, N, vocab_size]`; arguments as in `XTransformerModel.forward`, and:
 
         Args:
@@ -319,9 +348,13 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
+            if outputs.attention_z_loss is not None:
+                loss = loss + outputs.attention_z_loss
+        return XTransformerCausalLMOutput(
             loss=loss,
             logits=logits,
+            mems=outputs.mems,
+            attention_z_loss=outputs.attention_z_loss,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,

@@ -348,7 +348,9 @@ WRAPPER_FLAGS = (
     Flag("num_output_heads", 1, "num_labels (their heads one behind the other)", "x_transformer.py", _nothing),
     Flag("squeeze_out_last_dim", False, "(the last axis stays)", "x_transformer.py", _nothing),
     Flag("return_only_embed", False, "(XTransformerModel)", "x_transformer.py", _nothing),
-    Flag("attn_z_loss_weight", 1e-4, "(unused by the original)", "", _nothing),
+    Flag("max_mem_len", 0, "mem_len", "segment_memory.py"),
+    Flag("attn_z_loss_weight", 1e-4, "attention_z_loss_coef (unused by the original's constructor)",
+         "attention_z_loss.py", _nothing),
     Flag("input_not_include_cache", False, "(what a cache always means here)", "", _nothing),
     *(
         Flag(name, default, refused=RESEARCH)
@@ -356,7 +358,7 @@ WRAPPER_FLAGS = (
             "memory_tokens_interspersed_every": None, "recycling": False, "looped": False, "emb_frac_gradient": 1.0,
             "attn_pool": False,
             "token_emb": None, "mixture_of_softmax": False, "sigsoftmax_logits": False, "ff_deep_embed": False,
-            "to_logits": None, "add_continuous_pred_head": False, "max_mem_len": 0, "shift_mem_down": 0,
+            "to_logits": None, "add_continuous_pred_head": False, "shift_mem_down": 0,
             "average_pool_embed": False, "use_cls_token": False,
         }.items()
     ),

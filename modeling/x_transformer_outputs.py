@@ -1,0 +1,28 @@
+"""What XTransformers return beside what every model of transformers does."""
+
+from dataclasses import dataclass
+
+import torch
+from transformers.modeling_outputs import (
+    BaseModelOutputWithPastAndCrossAttentions,
+    CausalLMOutputWithCrossAttentions,
+)
+
+
+@dataclass
+class XTransformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
+    """`mems` `[B, blocks, M, hidden_size]`: the memory for the next segment, with `config.mem_len`.
+
+    `attention_z_loss`: a number to be added to the loss, with `config.attention_z_loss_coef`.
+    """
+
+    mems: torch.Tensor | None = None
+    attention_z_loss: torch.Tensor | None = None
+
+
+@dataclass
+class XTransformerCausalLMOutput(CausalLMOutputWithCrossAttentions):
+    """`mems` and `attention_z_loss` as in `XTransformerModelOutput`; `loss` has the latter in it."""
+
+    mems: torch.Tensor | None = None
+    attention_z_loss: torch.Tensor | None = None
