@@ -11,8 +11,9 @@ def part_of(config, derived_from: dict[str, tuple[str, ...]], **changes):
         derived_from: field -> fields whose value was derived from it, which are derived anew where it changes.
         changes: fields in which the half differs.
     """
-    names = {field.name for field in dataclasses.fields(type(config))} - {"encoder_overrides"}
-    values = {name: getattr(config, name) for name in names}
+    # A half is made with the overrides, and has none itself.
+    names = {field.name for field in dataclasses.fields(type(config))}
+    values = {name: getattr(config, name) for name in names if not name.endswith("encoder_overrides")}
     for changed, derived in derived_from.items():
         if changed in changes:
             values.update(dict.fromkeys(derived, None))

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 
 from .encoder_decoder_parts import part_of
-from .self_contained import SelfContainedConfig
+from .x_transformer_inputs import XTransformerInputsConfig
 from .x_transformer_rules import (
     check_at_least,
     check_attention,
@@ -24,10 +24,11 @@ PREFIX_LAYER_TYPE = "full_attention_with_prefix"
 
 
 @strict
-class XTransformerConfig(SelfContainedConfig):
+class XTransformerConfig(XTransformerInputsConfig):
     r"""
     Every choice an XTransformer is made of. The fields stand in groups; each group is one small file in modeling/.
-    One configuration serves the decoder, the encoder and the encoder–decoder.
+    One configuration serves the decoder, the encoder and the encoder–decoder. Fields about images and vectors, in
+    place of tokens, stand in `XTransformerInputsConfig`.
 
     **Sizes**
 
@@ -55,6 +56,8 @@ class XTransformerConfig(SelfContainedConfig):
         embedding_dropout (`float`, defaults to 0): dropout on that sum.
         num_memory_tokens (`int`, defaults to 0): learned tokens in front of the sequence, which every token sees
             (arXiv 2006.11527).
+        num_cls_tokens (`int`, defaults to 0): learned tokens behind those, of an encoder, whose states
+            `classifier_pooling="cls"` reads (arXiv 1810.04805).
 
     **Positions** (any of the three may be combined)
 
@@ -175,8 +178,8 @@ class XTransformerConfig(SelfContainedConfig):
         encoder_overrides (`dict`, *optional*): fields in which the encoder of an encoder–decoder differs.
         share_embeddings (`bool`, defaults to `False`): encoder and decoder of an encoder–decoder share their token
             table.
-        classifier_pooling (`str`, defaults to `"mean"`): `"mean"`, `"first"` or `"last"` real token, for sequence
-            classification.
+        classifier_pooling (`str`, defaults to `"mean"`): `"mean"`, `"first"` or `"last"` real token, or the `"cls"`
+            tokens (logits for each, where there are several), for sequence classification.
         classifier_dropout (`float`, defaults to 0): dropout before a classification head.
         lm_head_bias (`bool`, defaults to `False`): bias of the language modelling head.
         logit_scale (`float`, defaults to 1): factor of its logits.
@@ -219,6 +222,7 @@ class XTransformerConfig(SelfContainedConfig):
     embedding_norm: bool = False
     embedding_dropout: float | int = 0.0
     num_memory_tokens: int = 0
+    num_cls_tokens: int = 0
     # Positions
     absolute_positions: Literal["learned", "scaled_sinusoidal"] | None = None
     rotary_positions: Literal["rope", "xpos"] | None = "rope"
@@ -301,7 +305,7 @@ class XTransformerConfig(SelfContainedConfig):
     encoder_token_dropout: float | int = 0.0
     encoder_overrides: dict[str, Any] | None = None
     share_embeddings: bool = False
-    classifier_pooling: Literal["mean", "first", "last"] = "mean"
+    classifier_pooling: Literal["mean", "first", "last", "cls"] = "mean"
     classifier_dropout: float | int = 0.0
     lm_head_bias: bool = False
     logit_scale: float | int = 1.0
@@ -373,11 +377,19 @@ class XTransformerConfig(SelfContainedConfig):
         return list(range(self.num_hidden_layers)) if order is None else order
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Learned tokens in front of a sequence."""
+        return self.num_memory_tokens + self.num_cls_tokens
+
+    @property
+    def keeps_prefix(self) -> bool:
+        """Whether a cache has to know of more than keys and values of tokens."""
+        return bool(self.num_memory_tokens or self.shifts_tokens or self.prepend_embeddings)
+
+    @property
     def layer_types(self) -> list[str]:
         """The cache layer of each block, by transformers' names."""
-        if (self.is_decoder or self.is_encoder_decoder) and (
-            self.num_memory_tokens or self.shifts_tokens or self.mem_len
-        ):
+        if (self.is_decoder or self.is_encoder_decoder) and (self.keeps_prefix or self.mem_len):
             kind = PREFIX_LAYER_TYPE
         elif self.sliding_window is None or self.is_encoder_decoder or self.add_cross_attention:
             # The cache of cross-attention has the same types, and must not slide.
@@ -421,11 +433,20 @@ class XTransformerConfig(SelfContainedConfig):
         changes = {**(self.encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
         if self.sublayer_order is not None:
             changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
-        return part_of(self, _DERIVED_FROM, **changes)
+        return part_of(self, DERIVED_FROM, **changes)
 
     def decoder_config(self) -> "XTransformerConfig":
         """The configuration of the decoder of an encoder–decoder."""
         return part_of(self, {}, is_decoder=True, add_cross_attention=True)
+
+    def image_encoder_config(self) -> "XTransformerConfig":
+        """The configuration of the image encoder of a model for images and text."""
+        changes = {**(self.image_encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
+        if self.sublayer_order is not None:
+            changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
+        # What only tokens have.
+        changes = {"absolute_positions": None, "embedding_size": None, "type_vocab_size": 0, **changes}
+        return part_of(self, DERIVED_FROM, **changes)
 
     # Validation: the rules stand in x_transformer_rules.py.
 
@@ -448,6 +469,7 @@ class XTransformerConfig(SelfContainedConfig):
         check_attention(self)
         check_layout(self)
         check_kind(self)
+        self.check_inputs()
 
 
 def alibi_slopes(heads: int) -> list[float]:
@@ -458,7 +480,7 @@ def alibi_slopes(heads: int) -> list[float]:
     return slopes + finer[::2][: heads - power]
 
 
-_DERIVED_FROM = {
+DERIVED_FROM = {
     "hidden_size": ("head_dim", "value_head_dim", "intermediate_size", "embedding_size", "dynamic_bias_hidden_size"),
     "num_attention_heads": ("head_dim", "value_head_dim", "num_key_value_heads", "alibi_slopes"),
     "head_dim": ("value_head_dim",),

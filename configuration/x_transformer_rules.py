@@ -41,7 +41,8 @@ def check_sizes(config) -> None:
     check_at_least(config, 1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
     check_at_least(config, 1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
     check_at_least(config, 1, "num_residual_streams", "sinkhorn_iterations")
-    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "mem_len")
+    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "num_cls_tokens")
+    check_at_least(config, 0, "mem_len")
     check_at_least(config, 0, "chunk_size_feed_forward", "sliding_window_ahead")
     for name in (
         "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
@@ -118,8 +119,9 @@ def check_attention(config) -> None:
     if config.mem_len:
         if config.absolute_positions is not None:
             refuse(config, "mem_len", "absolute_positions=None", "they begin anew in each segment")
-        if config.num_memory_tokens:
-            refuse(config, "mem_len", "num_memory_tokens=0", "each segment would remember those of the last")
+        for name in ("num_memory_tokens", "num_cls_tokens", "prepend_embeddings"):
+            if getattr(config, name):
+                refuse(config, name, "mem_len=0", "each segment would remember those of the last")
         if config.shifts_tokens:
             refuse(config, "mem_len", "shift_tokens=0", "a segment's first tokens would not know their neighbours")
         if config.prefix_lm:
@@ -209,6 +211,8 @@ def check_kind(config) -> None:
                 f"cross_attention_hidden_size must be the encoder's hidden_size ({size}), got "
                 f"{config.encoder_state_size}"
             )
+    if config.classifier_pooling == "cls" and not config.num_cls_tokens:
+        refuse(config, "classifier_pooling", "num_cls_tokens above 0", "there is no token to read")
     if config.share_embeddings and config.is_encoder_decoder:
         for name in ("vocab_size", "embedding_size"):
             other = (config.encoder_overrides or {}).get(name, getattr(config, name))
@@ -226,6 +230,10 @@ def check_stack(config) -> None:
     if config.is_encoder_decoder:
         refuse(config, "is_encoder_decoder", "XTransformerForConditionalGeneration", "this model is one stack")
     if config.is_decoder:
+        if config.num_cls_tokens:
+            refuse(
+                config, "num_cls_tokens", "is_decoder=False", "in front of a causal sequence they see nothing of it"
+            )
         if config.cross_attention_only:
             refuse(config, "cross_attention_only", "is_decoder=False", "without self-attention nothing is causal")
         return

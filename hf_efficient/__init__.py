@@ -53,6 +53,12 @@ if _TYPE_CHECKING:
     from .modeling.x_transformer import XTransformerForSequenceClassification as XTransformerForSequenceClassification
     from .modeling.x_transformer import XTransformerForTokenClassification as XTransformerForTokenClassification
     from .modeling.x_transformer import XTransformerModel as XTransformerModel
+    from .modeling.x_transformer_image_text import XTransformerForImageTextToText as XTransformerForImageTextToText
+    from .modeling.x_transformer_images import XTransformerForImageClassification as XTransformerForImageClassification
+    from .modeling.x_transformer_images import XTransformerImageEncoder as XTransformerImageEncoder
+    from .modeling.x_transformer_vectors import (
+        XTransformerForContinuousPrediction as XTransformerForContinuousPrediction,
+    )
 
 __version__ = "0.1.0"
 

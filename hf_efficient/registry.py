@@ -67,7 +67,11 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModelForSequenceClassification": "modeling.x_transformer:XTransformerForSequenceClassification",
             "AutoModelForTokenClassification": "modeling.x_transformer:XTransformerForTokenClassification",
             "AutoModelForSeq2SeqLM": "modeling.x_transformer:XTransformerForConditionalGeneration",
+            "AutoModelForImageClassification": "modeling.x_transformer_images:XTransformerForImageClassification",
+            "AutoModelForImageTextToText": "modeling.x_transformer_image_text:XTransformerForImageTextToText",
+            "AutoModelForTimeSeriesPrediction": "modeling.x_transformer_vectors:XTransformerForContinuousPrediction",
         },
+        others=("modeling.x_transformer_images:XTransformerImageEncoder",),
     ),
     "perceiver_flash": Architecture(
         config="configuration.perceiver_flash:PerceiverFlashConfig",

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import torch
 
-from .x_transformer_embeddings import insert_prefix
-from .x_transformer_inputs import prefix_start, with_memory
+from .x_transformer_embeddings import Prefix, insert_prefix
+from .x_transformer_inputs import prefix_start, with_prefix
 
 
 class Recalled(NamedTuple):
@@ -69,11 +69,11 @@ def recall(mems, mask, position_ids, past_key_values, length: int):
     if not count:
         return mask, position_ids, Recalled(None, None, position_ids)
     start = prefix_start(mask, first_length)
-    mask, position_ids = with_memory(mask, count, start), position_ids + count
+    mask, position_ids = with_prefix(mask, Prefix(start, count), None), position_ids + count
     if not is_first:
         return mask, position_ids, Recalled(None, start, position_ids)
     rows = position_ids if start is None else position_ids.expand(start.shape[0], -1)
-    places = insert_prefix(rows, torch.arange(count, device=rows.device), start)
+    places = insert_prefix(rows, torch.arange(count, device=rows.device).expand(rows.shape[0], -1), start)
     return mask, position_ids, Recalled(mems, start, places)
 
 

@@ -54,18 +54,21 @@ from .shifted_labels import shift_labels_right
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
+    Prefix,
     XTransformerEmbeddings,
     insert_prefix,
     make_token_embedding,
+    read_prefix,
     remove_prefix,
 )
 from .x_transformer_inputs import (
     check_cache,
+    check_prepended,
     hide_at_random,
     prefix_start,
     real_tokens,
     self_visibility,
-    with_memory,
+    with_prefix,
 )
 from .x_transformer_layer import Carried, XTransformerLayer
 from .x_transformer_outputs import XTransformerCausalLMOutput, XTransformerModelOutput
@@ -97,8 +100,10 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "set_initial_values"):
             module.set_initial_values()
-        if isinstance(module, XTransformerModel) and module.memory_tokens is not None:
-            init.normal_(module.memory_tokens, std=self.config.initializer_range)
+        if isinstance(module, XTransformerModel):
+            for tokens in (module.memory_tokens, module.cls_tokens):
+                if tokens is not None:
+                    init.normal_(tokens, std=self.config.initializer_range)
 
 
 class XTransformerModel(XTransformerPreTrainedModel):
@@ -107,17 +112,22 @@ class XTransformerModel(XTransformerPreTrainedModel):
     def __init__(self, config: XTransformerConfig):
         super().__init__(config)
         config.check_stack()
-        self.embed_tokens = make_token_embedding(config)
-        self.embeddings = XTransformerEmbeddings(config)
-        self.memory_tokens = None
+        self.embed_tokens, self.embeddings = self.make_inputs(config)
+        self.memory_tokens = self.cls_tokens = None
         if config.num_memory_tokens:
             self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        if config.num_cls_tokens:
+            self.cls_tokens = nn.Parameter(torch.empty(config.num_cls_tokens, config.hidden_size))
         self.rotary = RotaryEmbedding(config) if config.rotary_positions is not None else None
         self.position_bias = make_position_bias(config)
         self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
         self.norm = block_norm(config) if config.final_norm else nn.Identity()
         self.gradient_checkpointing = False
         self.post_init()
+
+    def make_inputs(self, config: XTransformerConfig) -> tuple[nn.Module, nn.Module]:
+        """What makes vectors of the inputs, and what stands between those and the first block."""
+        return make_token_embedding(config), XTransformerEmbeddings(config)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -134,6 +144,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
         encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
         mems: torch.Tensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
+        prepend_mask: torch.Tensor | None = None,
+        keep_prepended: bool = False,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> XTransformerModelOutput:
@@ -152,6 +165,11 @@ class XTransformerModel(XTransformerPreTrainedModel):
                 `config.prefix_lm`. They have to come in one call.
             mems: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the segment
                 before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
+            prepend_embeds: `[B, P, embedding_size]`, vectors in front of the tokens, such as those of an image. They
+                have no absolute position and are no tokens to `attention_mask`, `position_ids` and the cache. With a
+                cache they count in the first call only; it needs `config.prepend_embeddings`.
+            prepend_mask: `[B, P]`, 1 at those that count, or None if all do; to be given in every call.
+            keep_prepended: return their states too, in front of the tokens': `[B, P + N, hidden_size]`.
             use_cache: return a cache (decoders only).
 
         Raises:
@@ -173,10 +191,13 @@ class XTransformerModel(XTransformerPreTrainedModel):
             position_ids = count_positions(attention_mask, cached, length, inputs_embeds.device)
         check_positions(position_ids, config)
 
-        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids)
+        check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
+        hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
         mask = real_tokens(attention_mask)
-        hidden_states, mask, position_ids, start = self._with_memory(
-            hidden_states, mask, position_ids, past_key_values
+        if mask is None and prepend_mask is not None:
+            mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
+        hidden_states, mask, position_ids, prefix = self._with_prefix(
+            hidden_states, mask, position_ids, past_key_values, length, prepend_mask
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
         check_mems(mems, hidden_states.shape[0], config)
@@ -187,7 +208,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
         arguments = {
-            "visibility": self._visibility(mask, start, cached, hidden_states, past_key_values, prefix_length),
+            "visibility": self._visibility(mask, prefix, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
             "rotary": self._rotary(query_position_ids, position_ids),
             "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
@@ -211,8 +232,12 @@ class XTransformerModel(XTransformerPreTrainedModel):
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)
         hidden_states = self.norm(hidden_states)
+        cls_states = None
+        if config.num_cls_tokens:
+            cls_states = read_prefix(hidden_states, prefix, config.num_memory_tokens, config.num_cls_tokens)
         if hidden_states.shape[1] != length:
-            hidden_states = remove_prefix(hidden_states, config.num_memory_tokens, start)
+            kept = hidden_states.shape[1] - length - config.num_prefix_tokens if keep_prepended else 0
+            hidden_states = remove_prefix(hidden_states, prefix, kept)
         is_first = isinstance(cached, int) and cached == 0
         z_loss = None
         if carried.lse is not None:
@@ -222,6 +247,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             past_key_values=past_key_values,
             mems=remember(entered, mems, config) if entered and is_first else None,
             attention_z_loss=z_loss,
+            cls_states=cls_states,
         )
 
     def _new_cache(self) -> Cache:
@@ -230,32 +256,39 @@ class XTransformerModel(XTransformerPreTrainedModel):
             return cache
         return EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
-    def _with_memory(self, hidden_states, mask, position_ids, past_key_values):
-        """States, mask and positions with memory tokens, and where in each row those stand (None: in front).
+    def _with_prefix(self, hidden_states, mask, position_ids, past_key_values, length, prepend_mask):
+        """States, mask and positions of learned tokens, prepended vectors and tokens; and where the first two stand.
 
-        Memory tokens come with the first call; after it, a cache holds them, and only the mask has to know.
+        They come with the first call; after it, a cache holds them, and only the mask has to know.
+
+        Args:
+            hidden_states: `[B, P + N, C]`, prepended vectors before the `length` tokens.
+            mask, position_ids: of tokens alone.
         """
-        memory = self.config.num_memory_tokens
-        if not memory:
-            return hidden_states, mask, position_ids, None
-        first_length, is_first = hidden_states.shape[1], True
-        if past_key_values is not None:
+        learned = [tokens for tokens in (self.memory_tokens, self.cls_tokens) if tokens is not None]
+        prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
+        count = self.config.num_prefix_tokens + prepended.shape[1]
+        is_first, first_length = True, length
+        if past_key_values is not None and self.config.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
-            is_first = layers[0].prefix_length == 0
+            is_first = layers[0].first_length == 0
             for layer in layers if is_first else ():
-                layer.prefix_length, layer.first_length = memory, first_length
-            first_length = layers[0].first_length
-        start = prefix_start(mask, first_length)
-        mask = with_memory(mask, memory, start)
-        position_ids = position_ids + memory
+                layer.prefix_length, layer.first_length = count, first_length
+            count, first_length = layers[0].prefix_length, layers[0].first_length
+        if not count:
+            return hidden_states, mask, position_ids, Prefix()
+        prefix = Prefix(prefix_start(mask, first_length), count)
+        mask = with_prefix(mask, prefix, real_tokens(prepend_mask))
+        position_ids = position_ids + count
         if is_first:
-            hidden_states = insert_prefix(hidden_states, self.memory_tokens.to(hidden_states.dtype), start)
-            front = torch.arange(memory, device=position_ids.device)
-            rows = position_ids if start is None else position_ids.expand(start.shape[0], -1)
-            position_ids = insert_prefix(rows, front, start)
-        return hidden_states, mask, position_ids, start
+            rows = [tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1) for tokens in learned]
+            hidden_states = insert_prefix(hidden_states, torch.cat([*rows, prepended], dim=1), prefix.start)
+            places = torch.arange(count, device=position_ids.device)
+            rows = position_ids if prefix.start is None else position_ids.expand(prefix.start.shape[0], -1)
+            position_ids = insert_prefix(rows, places.expand(rows.shape[0], -1), prefix.start)
+        return hidden_states, mask, position_ids, prefix
 
-    def _visibility(self, mask, start, cached, hidden_states, past_key_values, prefix_length) -> Visibility:
+    def _visibility(self, mask, prefix, cached, hidden_states, past_key_values, prefix_length) -> Visibility:
         config, (batch, length) = self.config, hidden_states.shape[:2]
         prefix_lengths = None
         if prefix_length is not None:
@@ -263,9 +296,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
                 raise ValueError(f"prefix_length needs config.prefix_lm=True, got {prefix_length} for a model without")
             ends = torch.as_tensor(prefix_length, device=hidden_states.device).expand(batch)
             if isinstance(cached, int) and cached == 0:
+                start = prefix.start
                 if start is None:
                     start = 0 if mask is None else prefix_start(mask, length)
-                prefix_lengths = ends + config.num_memory_tokens + start
+                prefix_lengths = ends + prefix.length + start
         visibility = self_visibility(config, mask, cached, length, prefix_lengths)
         if past_key_values is not None and past_key_values.is_compileable:
             # Slots of a preallocated cache behind the last token hold nothing yet.
@@ -324,6 +358,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
+        prepend_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
@@ -340,6 +376,8 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
             position_ids=position_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
+            prepend_embeds=prepend_embeds,
+            prepend_mask=prepend_mask,
             use_cache=use_cache,
             **kwargs,
         )
@@ -420,10 +458,7 @@ class XTransformerForSequenceClassification(XTransformerPreTrainedModel):
         """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
         kwargs["use_cache"] = False
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        pooled = pool_hidden_states(outputs.last_hidden_state, mask, self.config.classifier_pooling)
+        pooled = self.pool(outputs, attention_mask, input_ids)
         logits = self.score(self.dropout(pooled))
         loss = None
         if labels is not None:
@@ -431,6 +466,15 @@ class XTransformerForSequenceClassification(XTransformerPreTrainedModel):
         return SequenceClassifierOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
+
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        """`[B, hidden_size]` (`[B, tokens, hidden_size]` of several CLS tokens) of the body's outputs."""
+        if self.config.classifier_pooling == "cls":
+            states = outputs.cls_states
+            return states[:, 0] if states.shape[1] == 1 else states
+        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
+            attention_mask = input_ids != self.config.pad_token_id
+        return pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
 
 
 class XTransformerForTokenClassification(XTransformerPreTrainedModel):
@@ -472,9 +516,13 @@ class XTransformerEncoderDecoderModel(XTransformerPreTrainedModel):
             raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
         if config.share_embeddings:
             self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = XTransformerModel(config.encoder_config())
+        self.encoder = self.make_encoder(config)
         self.decoder = XTransformerModel(config.decoder_config())
         self.post_init()
+
+    def make_encoder(self, config: XTransformerConfig) -> XTransformerModel:
+        """What the decoder reads."""
+        return XTransformerModel(config.encoder_config())
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         # Sharing the tables is a choice of its own: transformers ties nothing unless the head is tied as well.

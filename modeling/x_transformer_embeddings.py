@@ -1,5 +1,7 @@
 """XTransformer's embeddings: tokens, types and absolute positions, and the memory tokens in front of them."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -52,16 +54,26 @@ class XTransformerEmbeddings(nn.Module):
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
 
     def forward(
-        self, inputs_embeds: torch.Tensor, position_ids: torch.Tensor, token_type_ids: torch.Tensor | None
+        self,
+        inputs_embeds: torch.Tensor,
+        position_ids: torch.Tensor,
+        token_type_ids: torch.Tensor | None = None,
+        prepend_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """`[B, N, hidden_size]` of `inputs_embeds` `[B, N, embedding_size]` and `position_ids` `[B or 1, N]`."""
+        """`[B, P + N, hidden_size]` of `inputs_embeds` `[B, N, embedding_size]` and `position_ids` `[B or 1, N]`.
+
+        `prepend_embeds` `[B, P, embedding_size]` are put in front as they are: no position, type or norm.
+        """
         hidden_states = inputs_embeds
         if self.positions is not None:
             hidden_states = hidden_states + self.positions(position_ids).to(hidden_states.dtype)
         if self.token_types is not None:
             types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
             hidden_states = hidden_states + self.token_types(types)
-        return self.projection(self.dropout(self.norm(hidden_states)))
+        hidden_states = self.norm(hidden_states)
+        if prepend_embeds is not None:
+            hidden_states = torch.cat([prepend_embeds.to(hidden_states.dtype), hidden_states], dim=1)
+        return self.projection(self.dropout(hidden_states))
 
 
 def make_token_embedding(config) -> nn.Embedding:
@@ -70,25 +82,48 @@ def make_token_embedding(config) -> nn.Embedding:
     return table(config.vocab_size, config.token_size, config.pad_token_id)
 
 
+class Prefix(NamedTuple):
+    """Memory tokens and prepended vectors of a sequence.
+
+    Attributes:
+        start: `[B]`, the token before which they stand in each row; None for the front.
+        length: how many there are.
+    """
+
+    start: torch.Tensor | None = None
+    length: int = 0
+
+
 def insert_prefix(tokens: torch.Tensor, prefix: torch.Tensor, start: torch.Tensor | None) -> torch.Tensor:
-    """Put `prefix` `[m, ...]` into `tokens` `[B, N, ...]` before token `start[b]` of each row: `[B, m + N, ...]`.
+    """Put `prefix` `[B, m, ...]` into `tokens` `[B, N, ...]` before token `start[b]` of each row: `[B, m + N, ...]`.
 
     A prefix of left-padded rows stands right before their first real token, so that no distance depends on padding.
     `start` None puts it in front.
     """
-    prefix = prefix.expand(tokens.shape[0], *prefix.shape)
     together = torch.cat([prefix, tokens], dim=1)
     if start is None:
         return together
     return together.gather(1, _as_index(_insertion_order(tokens, prefix, start), together))
 
 
-def remove_prefix(together: torch.Tensor, length: int, start: torch.Tensor | None) -> torch.Tensor:
-    """Undo `insert_prefix` of a prefix of `length`: `[B, N, ...]`."""
-    if start is None:
-        return together[:, length:]
-    index = torch.arange(together.shape[1] - length, device=together.device)[None]
-    index = torch.where(index < start[:, None], index, index + length)
+def remove_prefix(together: torch.Tensor, prefix: Prefix, kept: int = 0) -> torch.Tensor:
+    """Undo `insert_prefix`; the last `kept` of the prefix stay, in front of all tokens: `[B, kept + N, ...]`."""
+    if prefix.start is None:
+        return together[:, prefix.length - kept :]
+    start = prefix.start[:, None]
+    index = torch.arange(together.shape[1] - prefix.length, device=together.device)[None]
+    index = torch.where(index < start, index, index + prefix.length)
+    if kept:
+        places = torch.arange(prefix.length - kept, prefix.length, device=together.device)
+        index = torch.cat([start + places, index], dim=1)
+    return together.gather(1, _as_index(index, together))
+
+
+def read_prefix(together: torch.Tensor, prefix: Prefix, place: int, count: int) -> torch.Tensor:
+    """`count` of the prefix in `together` `[B, m + N, ...]`, from its `place` on: `[B, count, ...]`."""
+    if prefix.start is None:
+        return together[:, place : place + count]
+    index = prefix.start[:, None] + torch.arange(place, place + count, device=together.device)
     return together.gather(1, _as_index(index, together))
 
 

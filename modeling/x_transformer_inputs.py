@@ -3,7 +3,7 @@
 import torch
 
 from .softmax_attention import Visibility
-from .x_transformer_embeddings import insert_prefix
+from .x_transformer_embeddings import Prefix, insert_prefix
 
 
 def check_cache(past_key_values, config) -> None:
@@ -48,9 +48,41 @@ def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor |
     return first.int().argmax(dim=1)
 
 
-def with_memory(mask: torch.Tensor | None, memory: int, start: torch.Tensor | None) -> torch.Tensor | None:
-    """`mask` with `memory` real tokens inserted at `start`."""
-    return None if mask is None else insert_prefix(mask, mask.new_ones(memory), start)
+def with_prefix(mask: torch.Tensor | None, prefix: Prefix, prepend_mask: torch.Tensor | None) -> torch.Tensor | None:
+    """`mask` `[B, tokens]` with that of the prefix inserted, of which only prepended vectors may be unreal."""
+    if mask is None:
+        return None
+    front = mask.new_ones(mask.shape[0], prefix.length)
+    if prepend_mask is not None:
+        front = torch.cat([front[:, prepend_mask.shape[1] :], prepend_mask], dim=1)
+    return insert_prefix(mask, front, prefix.start)
+
+
+def check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config) -> None:
+    """Vectors of the width of the token table, and a cache that can tell them from tokens.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if prepend_embeds is None:
+        if prepend_mask is not None:
+            raise ValueError("prepend_mask needs prepend_embeds, got None")
+        return
+    batch, _, size = inputs_embeds.shape
+    if prepend_embeds.ndim != 3 or (prepend_embeds.shape[0], prepend_embeds.shape[2]) != (batch, size):
+        raise ValueError(
+            f"prepend_embeds must have shape [{batch}, length, {size}] (batch, prepended, embedding_size), got "
+            f"{tuple(prepend_embeds.shape)}"
+        )
+    if prepend_mask is not None and prepend_mask.shape != prepend_embeds.shape[:2]:
+        raise ValueError(
+            f"prepend_mask must have shape {tuple(prepend_embeds.shape[:2])}, got {tuple(prepend_mask.shape)}"
+        )
+    if past_key_values is not None and not config.prepend_embeddings:
+        raise ValueError(
+            "prepend_embeds with a cache need a model with prepend_embeddings=True, whose cache knows them from "
+            "tokens; got False (use_cache=False does without)"
+        )
 
 
 def hide_at_random(mask: torch.Tensor | None, states: torch.Tensor, probability: float, keep_first: bool):

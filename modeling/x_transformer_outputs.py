@@ -14,10 +14,12 @@ class XTransformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
     """`mems` `[B, blocks, M, hidden_size]`: the memory for the next segment, with `config.mem_len`.
 
     `attention_z_loss`: a number to be added to the loss, with `config.attention_z_loss_coef`.
+    `cls_states` `[B, num_cls_tokens, hidden_size]`: the last states of the CLS tokens.
     """
 
     mems: torch.Tensor | None = None
     attention_z_loss: torch.Tensor | None = None
+    cls_states: torch.Tensor | None = None
 
 
 @dataclass

@@ -7,11 +7,20 @@ import argparse
 import sys
 from pathlib import Path
 
+from hf_efficient.conversion.x_transformers_continuous import CONTINUOUS_FLAGS
+from hf_efficient.conversion.x_transformers_images import IMAGE_FLAGS
 from hf_efficient.conversion.x_transformers_options import LAYER_FLAGS, WRAPPER_FLAGS, Flag
 
 
 PATH = Path(__file__).resolve().parent.parent / "docs" / "x_transformer.md"
 START, END = "<!-- flag table: written by scripts/x_transformer_table.py -->", "<!-- end of flag table -->"
+
+TABLES = {
+    "`TransformerWrapper`": WRAPPER_FLAGS,
+    "`Encoder`, `Decoder`": LAYER_FLAGS,
+    "`ViTransformerWrapper`": IMAGE_FLAGS,
+    "`ContinuousTransformerWrapper`": CONTINUOUS_FLAGS,
+}
 
 
 def row(flag: Flag) -> str:
@@ -20,9 +29,9 @@ def row(flag: Flag) -> str:
 
 
 def table() -> str:
-    """Two tables as Markdown: the flags that convert, and those that are refused with the reason."""
+    """Tables as Markdown: the flags that convert, and those that are refused with the reason."""
     lines = []
-    for title, flags in (("`TransformerWrapper`", WRAPPER_FLAGS), ("`Encoder`, `Decoder`", LAYER_FLAGS)):
+    for title, flags in TABLES.items():
         lines += [
             "",
             f"### {title}",
@@ -32,9 +41,9 @@ def table() -> str:
         ]
         lines += [row(flag) for flag in flags if not flag.refused and flag.fields]
     reasons: dict[str, list[str]] = {}
-    for flag in (*WRAPPER_FLAGS, *LAYER_FLAGS):
-        if flag.refused:
-            reasons.setdefault(flag.refused, []).append(f"`{flag.name}`")
+    for flag in (flag for flags in TABLES.values() for flag in flags):
+        if flag.refused and f"`{flag.name}`" not in reasons.setdefault(flag.refused, []):
+            reasons[flag.refused].append(f"`{flag.name}`")
     lines += ["", "### Refused unless they have their default", "", "| why | flags |", "|---|---|"]
     lines += [f"| {reason} | {', '.join(names)} |" for reason, names in reasons.items()]
     return "\n".join(lines) + "\n"

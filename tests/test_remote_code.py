@@ -41,6 +41,13 @@ TINY = {
         "shift_tokens": 1,
         "value_gate": "sigmoid",
         "norm_type": "scale_norm",
+        "image_size": 8,
+        "num_channels": 1,
+        "patch_size": 2,
+        "num_register_tokens": 1,
+        "image_fusion": "prepended",
+        "input_feature_size": 3,
+        "output_feature_size": 2,
     },
     "perceiver_flash": {
         "vocab_size": 32,
@@ -83,6 +90,8 @@ import json, os, sys
 from pathlib import Path
 import torch, transformers
 
+ENCODER_DECODERS = ("AutoModelForSeq2SeqLM", "AutoModelForImageTextToText")
+
 def load(folder, auto_class):
     model = getattr(transformers, auto_class).from_pretrained(folder, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
@@ -94,8 +103,11 @@ def outputs(model, auto_class):
     inputs = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens)}
     if model.config.is_encoder_decoder:
         inputs["decoder_input_ids"] = tokens[:, :5]
-    if auto_class == "AutoModelForImageClassification":
-        inputs = {"pixel_values": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)}
+    if "Image" in auto_class:
+        images = {"pixel_values": torch.linspace(-1, 1, 128).reshape(2, 1, 8, 8)}
+        inputs = inputs | images if "Text" in auto_class else images
+    if "TimeSeries" in auto_class:
+        inputs = {"input_features": torch.linspace(-1, 1, 72).reshape(2, 12, 3)}
     with torch.no_grad():
         result = model(**inputs)
     return {name: value for name, value in result.items() if isinstance(value, torch.Tensor)}
@@ -107,13 +119,13 @@ def check(model, auto_class, expected):
 """
 _shared = {}
 exec(IN_THE_OTHER_PROCESS, _shared)  # the same inputs and outputs on this side
-outputs = _shared["outputs"]
+outputs, ENCODER_DECODERS = _shared["outputs"], _shared["ENCODER_DECODERS"]
 
 rows = [(model_type, auto_class) for model_type, row in ARCHITECTURES.items() for auto_class in row.models]
 
 
 def config_for(model_type, auto_class):
-    encoder_decoder = {"is_encoder_decoder": True} if auto_class == "AutoModelForSeq2SeqLM" else {}
+    encoder_decoder = {"is_encoder_decoder": auto_class in ENCODER_DECODERS}
     return ARCHITECTURES[model_type].config_class()(**TINY[model_type], **encoder_decoder)
 
 
@@ -226,7 +238,7 @@ auto_class = "AutoModelForCausalLM"
 check(load(folder / "second", auto_class), auto_class, expected)
 check(load(folder / "run/checkpoint-2", auto_class), auto_class, folder / "trained.outputs")
 for auto_class in sys.argv[3:]:
-    kind = {"is_decoder": auto_class == "AutoModelForCausalLM", "is_encoder_decoder": "Seq2Seq" in auto_class}
+    kind = {"is_decoder": auto_class == "AutoModelForCausalLM", "is_encoder_decoder": auto_class in ENCODER_DECODERS}
     config = transformers.AutoConfig.from_pretrained(folder / "config_only", trust_remote_code=True, **kind)
     getattr(transformers, auto_class).from_config(config, trust_remote_code=True)
 """,

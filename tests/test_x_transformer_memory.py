@@ -129,7 +129,7 @@ def test_a_memory_is_kept_while_training_and_checkpointing():
 
 REFUSED = {
     "positions": ({"absolute_positions": "learned"}, "begin anew"),
-    "memory tokens": ({"num_memory_tokens": 2}, "num_memory_tokens=0"),
+    "memory tokens": ({"num_memory_tokens": 2}, "num_memory_tokens=2 needs mem_len=0"),
     "shift": ({"shift_tokens": 1}, "neighbours"),
     "prefix": ({"prefix_lm": True}, "first segment"),
     "encoder-decoder": ({"is_encoder_decoder": True}, "each source"),

@@ -18,6 +18,7 @@ from ..modeling.x_transformer import (
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
     XTransformerForMaskedLM,
+    XTransformerForSequenceClassification,
     XTransformerForTokenClassification,
     XTransformerModel,
     XTransformerPreTrainedModel,
@@ -42,7 +43,8 @@ def convert_x_transformers(
 
     A `Decoder` or `PrefixDecoder` becomes `XTransformerForCausalLM`, an `Encoder` or `CrossAttender`
     `XTransformerForMaskedLM`, an `XTransformer` `XTransformerForConditionalGeneration`. With `return_only_embed` it is
-    `XTransformerModel`, with a width or number of output heads of its own `XTransformerForTokenClassification`.
+    `XTransformerModel`, with a width or number of output heads of its own `XTransformerForTokenClassification`, with
+    CLS tokens or average pooling `XTransformerForSequenceClassification`.
 
     Args:
         source: the module or its state dict, also inside `AutoregressiveWrapper`.
@@ -64,12 +66,13 @@ def convert_x_transformers(
     kind = layers.pop("class", None)
     if kind not in STACKS:
         raise ConversionError(f"attn_layers must name its class, one of {', '.join(STACKS)}, got {kind!r}")
-    stack = _Stack(kind, wrapper, layers, era)
+    stack = SourceStack(kind, wrapper, layers, era)
     config = XTransformerConfig(**stack.fields())
     if stack.wrapper["return_only_embed"]:
         model_class, target, head = XTransformerModel, "", None
-    elif stack.has_own_outputs:
-        model_class, target, head = XTransformerForTokenClassification, "model.", "score"
+    elif stack.is_pooled or stack.has_own_outputs:
+        pooled, single = XTransformerForSequenceClassification, XTransformerForTokenClassification
+        model_class, target, head = pooled if stack.is_pooled else single, "model.", "score"
     else:
         is_decoder = config.is_decoder
         model_class = XTransformerForCausalLM if is_decoder else XTransformerForMaskedLM
@@ -96,7 +99,7 @@ def _convert_encoder_decoder(state, arguments, era):
     stacks = []
     for part, kind, more in ((encoder, "Encoder", {}), (decoder, "Decoder", {"cross_attend": True})):
         wrapper = {name: part.pop(name) for name in _ENCODER_DECODER_WRAPPER if name in part}
-        stacks.append(_Stack(kind, wrapper, {"dim": dim, **part, **more}, era))
+        stacks.append(SourceStack(kind, wrapper, {"dim": dim, **part, **more}, era))
     encoder_fields, decoder_fields = (stack.fields() for stack in stacks)
     # All that the encoder says is said, so that nothing of the decoder's is taken over.
     defaults = XTransformerConfig(hidden_size=dim, num_attention_heads=encoder_fields["num_attention_heads"],
@@ -126,7 +129,7 @@ def _convert_encoder_decoder(state, arguments, era):
     return model.eval(), transfer.load_into(model)
 
 
-class _Stack:
+class SourceStack:
     """One `TransformerWrapper` with its stack: its fields, and its weights."""
 
     def __init__(self, kind: str, wrapper: Mapping[str, Any], layers: Mapping[str, Any], era: Era):
@@ -166,6 +169,11 @@ class _Stack:
                 raise ConversionError(f"{name}={value!r} differs from self-attention's {own!r}, which is not built")
 
     @property
+    def is_pooled(self) -> bool:
+        """Whether the output is one for the whole sequence."""
+        return self.wrapper["use_cls_token"] or self.wrapper["average_pool_embed"]
+
+    @property
     def has_own_outputs(self) -> bool:
         """Whether the output is something else than one logit for each token id."""
         width, heads = self.wrapper["logits_dim"], self.wrapper["num_output_heads"]
@@ -186,7 +194,7 @@ class _Stack:
         fields["absolute_positions"] = self._absolute_positions()
         if era.biased_value_gate and flags["attn_gate_values"]:
             fields["value_gate_bias"] = True
-        if self.has_own_outputs:
+        if self.is_pooled or self.has_own_outputs:
             width = self.wrapper["logits_dim"] or self.wrapper["num_tokens"]
             fields["num_labels"] = width * self.wrapper["num_output_heads"]
         fields["lm_head_bias"] = era.head_bias and not self.wrapper["tie_embedding"]
@@ -206,6 +214,8 @@ class _Stack:
 
     def transfer(self, transfer: WeightTransfer, source: str, target: str, head: str | None) -> None:
         """Carry all weights over, see `StackWeights.transfer`."""
-        config = XTransformerConfig(**self.fields())
-        weights = StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())
-        weights.transfer(source, target, head)
+        self.weights(transfer, XTransformerConfig(**self.fields())).transfer(source, target, head)
+
+    def weights(self, transfer: WeightTransfer, config: XTransformerConfig) -> StackWeights:
+        """The weights of this stack, for a model with `config`."""
+        return StackWeights(transfer, self.flags, self.wrapper, config, self.era, self._is_rotary())

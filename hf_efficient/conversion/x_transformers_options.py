@@ -348,6 +348,11 @@ WRAPPER_FLAGS = (
     Flag("num_output_heads", 1, "num_labels (their heads one behind the other)", "x_transformer.py", _nothing),
     Flag("squeeze_out_last_dim", False, "(the last axis stays)", "x_transformer.py", _nothing),
     Flag("return_only_embed", False, "(XTransformerModel)", "x_transformer.py", _nothing),
+    Flag("average_pool_embed", False, "classifier_pooling='mean' (...ForSequenceClassification)", "pooling.py",
+         _named("classifier_pooling", "mean")),
+    Flag("use_cls_token", False, "classifier_pooling='cls' (...ForSequenceClassification)", INPUTS,
+         lambda v, f: {"classifier_pooling": "cls", "num_cls_tokens": f["num_cls_tokens"]} if v else {}),
+    Flag("num_cls_tokens", 1, "num_cls_tokens", INPUTS, _nothing),
     Flag("max_mem_len", 0, "mem_len", "segment_memory.py"),
     Flag("attn_z_loss_weight", 1e-4, "attention_z_loss_coef (unused by the original's constructor)",
          "attention_z_loss.py", _nothing),
@@ -359,7 +364,6 @@ WRAPPER_FLAGS = (
             "attn_pool": False,
             "token_emb": None, "mixture_of_softmax": False, "sigsoftmax_logits": False, "ff_deep_embed": False,
             "to_logits": None, "add_continuous_pred_head": False, "shift_mem_down": 0,
-            "average_pool_embed": False, "use_cls_token": False,
         }.items()
     ),
 )  # fmt: skip

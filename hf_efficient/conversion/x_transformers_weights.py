@@ -39,8 +39,18 @@ class StackWeights:
     def transfer(self, source: str, target: str, head: str | None) -> None:
         """Carry over what is named `source...` to `target...`; `head` is our output head's name, None without one."""
         transfer = self.transfer_weights
-        wrapper, config = self.wrapper, self.config
+        config = self.config
         transfer.move(f"{target}embed_tokens.weight", f"{source}token_emb.emb.weight")
+        self.embeddings(source, target)
+        if head == "score":
+            self._labels(source)
+        elif head is not None and not config.tie_word_embeddings:
+            transfer.move_linear(head, f"{source}to_logits", bias=config.lm_head_bias)
+        self.stack(f"{source}attn_layers.", target)
+
+    def embeddings(self, source: str, target: str) -> None:
+        """Carry over what stands between the token table and the first block."""
+        transfer, wrapper, config = self.transfer_weights, self.wrapper, self.config
         if config.absolute_positions == "learned":
             scale = 1.0 if config.l2_normalize_embeddings else config.token_size**-0.5
             positions = f"{target}embeddings.positions.weight"
@@ -51,16 +61,13 @@ class StackWeights:
             name = next(iter(wrapper["embed_num_tokens"]))
             transfer.move(f"{target}embeddings.token_types.weight", f"{source}embeds.{name}_embed.weight")
         if config.embedding_norm:
-            self._layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
+            self.layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
         if config.token_size != config.hidden_size:
             transfer.move_linear(f"{target}embeddings.projection", f"{source}project_emb")
+        if config.num_cls_tokens:
+            transfer.move(f"{target}cls_tokens", f"{source}cls_token")
         if config.num_memory_tokens:
             transfer.move(f"{target}memory_tokens", f"{source}memory_tokens")
-        if head == "score":
-            self._labels(source)
-        elif head is not None and not config.tie_word_embeddings:
-            transfer.move_linear(head, f"{source}to_logits", bias=config.lm_head_bias)
-        self._stack(f"{source}attn_layers.", target)
 
     def _labels(self, source: str) -> None:
         """One head, or several as the rows of one."""
@@ -72,7 +79,8 @@ class StackWeights:
             transfer.put("score.weight", torch.cat(rows), names)
             transfer.put("score.bias", rows[0].new_zeros(self.config.num_labels), [])
 
-    def _stack(self, source: str, target: str) -> None:
+    def stack(self, source: str, target: str) -> None:
+        """Carry over the blocks alone, and the final norm."""
         config = self.config
         index = 0
         for block, order in enumerate(config.block_orders):
@@ -102,7 +110,7 @@ class StackWeights:
         offset = float(self.era.unit_offset and self.flags["norm_add_unit_offset"])
         move = self.transfer_weights.move
         if kind == "layer_norm":
-            self._layer_norm(target, source, offset)
+            self.layer_norm(target, source, offset)
         elif kind == "rms_norm":
             move(f"{target}.weight", f"{source}.g", lambda weight: weight + offset)
         elif kind == "scale_norm":
@@ -113,7 +121,8 @@ class StackWeights:
             move(f"{target}.weight", f"{source}.gamma", lambda weight: weight + offset)
             move(f"{target}.bias", f"{source}.beta")
 
-    def _layer_norm(self, target: str, source: str, offset: float = 0.0) -> None:
+    def layer_norm(self, target: str, source: str, offset: float = 0.0) -> None:
+        """Carry over a LayerNorm; `offset` is what its stored weight lacks."""
         self.transfer_weights.move(
             f"{target}.weight", f"{source}.{self.era.norm_weight}", lambda weight: weight + offset
         )
@@ -149,7 +158,7 @@ class StackWeights:
         else:
             transfer.move_linear(f"{target}.up_proj", where.name("ff.0.0"), config.mlp_bias)
         if config.feed_forward_norm:
-            self._layer_norm(f"{target}.norm", where.name("ff.1"))
+            self.layer_norm(f"{target}.norm", where.name("ff.1"))
         out = where.name(f"ff.{3 if config.feed_forward_norm else 2}")
         transfer.move_linear(f"{target}.down_proj", out, config.mlp_output_bias)
 
