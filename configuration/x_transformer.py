@@ -7,6 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 
 from .encoder_decoder_parts import part_of
+from .model_card import ArchitectureFacts
 from .x_transformer_inputs import XTransformerInputsConfig
 from .x_transformer_rules import (
     check_at_least,
@@ -193,6 +194,22 @@ class XTransformerConfig(XTransformerInputsConfig):
     """
 
     model_type = "x_transformer"
+    architecture_facts = ArchitectureFacts(
+        description="An XTransformer: a Transformer whose parts are chosen one by one by its configuration.",
+        limits="Time grows with the square of the length, unless a window limits what is seen. Positions and content "
+        "beyond what it was trained on are beyond what it knows.",
+        arxiv="1706.03762",
+        citation="""
+@inproceedings{vaswani2017attention,
+  title     = {Attention Is All You Need},
+  author    = {Vaswani, Ashish and Shazeer, Noam and Parmar, Niki and Uszkoreit, Jakob and Jones, Llion and
+               Gomez, Aidan N. and Kaiser, {\\L}ukasz and Polosukhin, Illia},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2017},
+  url       = {https://arxiv.org/abs/1706.03762}
+}
+""",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size"}
     base_model_tp_plan = {

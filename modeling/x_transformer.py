@@ -17,7 +17,6 @@ Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) 
 but for talking heads and residual attention, which hold all scores.
 """
 
-import copy
 from typing import Unpack
 
 import torch
@@ -25,32 +24,23 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForMaskedLMLoss
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    MaskedLMOutput,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
 from .attention_z_loss import attention_z_loss
 from .checked_model import CheckedPreTrainedModel
+from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
 from .hyper_connections import join_streams, split_streams
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
-from .performer_inputs import count_positions
-from .pooling import pool_hidden_states
+from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
 from .segment_memory import check_mems, recall, remember
-from .shifted_labels import shift_labels_right
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
@@ -66,7 +56,6 @@ from .x_transformer_inputs import (
     check_prepended,
     hide_at_random,
     prefix_start,
-    real_tokens,
     self_visibility,
     with_prefix,
 )
@@ -78,10 +67,7 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
     """What every XTransformer class shares: flags for transformers, and the initial values of weights."""
 
     config: XTransformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["XTransformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # the name under which transformers knows the fused form; "eager" is the written-out one
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -332,24 +318,24 @@ class XTransformerModel(XTransformerPreTrainedModel):
         return Visibility(causal=False, key_mask=mask)
 
 
-class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
+class ScaledLogits:
+    """Logits times `config.logit_scale`, for the heads over the vocabulary."""
+
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().logits_of(hidden_states) * self.config.logit_scale
+
+
+class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """A decoder with a language modelling head. Makes its configuration causal."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    body_class = XTransformerModel
+    output_class = XTransformerCausalLMOutput
+    passed_on = (*CausalLMHead.passed_on, "mems", "attention_z_loss")
 
-    def __init__(self, config: XTransformerConfig):
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-        super().__init__(config)
-        self.model = XTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
+    def loss_of(self, logits, labels, outputs, **kwargs) -> torch.Tensor:
+        loss = super().loss_of(logits, labels, outputs, **kwargs)
+        return loss if outputs.attention_z_loss is None else loss + outputs.attention_z_loss
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -360,285 +346,52 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> XTransformerCausalLMOutput:
-        """Next-token logits `[B, N, vocab_size]`; arguments as in `XTransformerModel.forward`, and:
-
-        Args:
-            labels: `[B, N]`, the input ids themselves (the loss shifts them), -100 where nothing is to be learned.
-            logits_to_keep: the last so many positions, or a tensor of positions; 0 is all.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-            if outputs.attention_z_loss is not None:
-                loss = loss + outputs.attention_z_loss
-        return XTransformerCausalLMOutput(
-            loss=loss,
-            logits=logits,
-            mems=outputs.mems,
-            attention_z_loss=outputs.attention_z_loss,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+    ):
+        """As in `CausalLMHead`, with `prepend_embeds` and `prepend_mask` for `XTransformerModel.forward`."""
+        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask}
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, **kwargs
         )
 
 
-class XTransformerForMaskedLM(XTransformerPreTrainedModel):
+class XTransformerForMaskedLM(ScaledLogits, MaskedLMHead, XTransformerPreTrainedModel):
     """An encoder with a head that predicts masked tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        if config.is_decoder:
-            raise ValueError("XTransformerForMaskedLM looks both ways, so config.is_decoder must be False, got True")
-        self.model = XTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerModel
 
 
-class XTransformerForSequenceClassification(XTransformerPreTrainedModel):
+class XTransformerForSequenceClassification(SequenceClassificationHead, XTransformerPreTrainedModel):
     """One label (or number) for a sequence, read from a pooled hidden state (`config.classifier_pooling`)."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        pooled = self.pool(outputs, attention_mask, input_ids)
-        logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerModel
 
     def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
-        """`[B, hidden_size]` (`[B, tokens, hidden_size]` of several CLS tokens) of the body's outputs."""
-        if self.config.classifier_pooling == "cls":
-            states = outputs.cls_states
-            return states[:, 0] if states.shape[1] == 1 else states
-        if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            attention_mask = input_ids != self.config.pad_token_id
-        return pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
+        """As in the base; of CLS tokens their states, `[B, tokens, hidden_size]` if there are several."""
+        if self.config.classifier_pooling != "cls":
+            return super().pool(outputs, attention_mask, input_ids)
+        states = outputs.cls_states
+        return states[:, 0] if states.shape[1] == 1 else states
 
 
-class XTransformerForTokenClassification(XTransformerPreTrainedModel):
+class XTransformerForTokenClassification(TokenClassificationHead, XTransformerPreTrainedModel):
     """One label for each token."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Logits `[B, N, num_labels]`; `labels` `[B, N]`, -100 where there is none."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerModel
 
 
-class XTransformerEncoderDecoderModel(XTransformerPreTrainedModel):
+class XTransformerEncoderDecoderModel(PairOfStacks, XTransformerPreTrainedModel):
     """An encoder and a decoder that reads it through cross-attention, without a head."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        if not config.is_encoder_decoder:
-            raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
-        if config.share_embeddings:
-            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = self.make_encoder(config)
-        self.decoder = XTransformerModel(config.decoder_config())
-        self.post_init()
-
-    def make_encoder(self, config: XTransformerConfig) -> XTransformerModel:
-        """What the decoder reads."""
-        return XTransformerModel(config.encoder_config())
+    stack_class = XTransformerModel
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         # Sharing the tables is a choice of its own: transformers ties nothing unless the head is tied as well.
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         return tied | self._tied_weights_keys if self.config.share_embeddings else tied
 
-    def get_input_embeddings(self):
-        return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, new_embeddings):
-        self.encoder.embed_tokens = new_embeddings
-        if self.config.share_embeddings:
-            self.decoder.embed_tokens = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states `[B, N, hidden_size]`; arguments as in `XTransformerModel.forward`, and:
-
-        Args:
-            encoder_outputs: what the encoder returned before, instead of its inputs.
-        """
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
-        elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        outputs = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
-
-
-class XTransformerForConditionalGeneration(XTransformerPreTrainedModel, GenerationMixin):
+class XTransformerForConditionalGeneration(ScaledLogits, Seq2SeqLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """An encoder–decoder with a language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.model = XTransformerEncoderDecoderModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
-        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `XTransformerEncoderDecoderModel.forward`, and:
-
-        Args:
-            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
-            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
-        """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
-            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)
-        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """The decoder's inputs for `labels` `[B, N]`: see `shift_labels_right`."""
-        return shift_labels_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+    body_class = XTransformerEncoderDecoderModel
