@@ -346,10 +346,12 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
         labels: torch.LongTensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
+        mems: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """As in `CausalLMHead`, with `prepend_embeds` and `prepend_mask` for `XTransformerModel.forward`."""
-        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask}
+        """As in `CausalLMHead`, with `prepend_embeds`, `prepend_mask` and `mems` for `XTransformerModel.forward`."""
+        # Named, because `generate` refuses arguments that no signature has.
+        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask, "mems": mems}
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, **kwargs
         )

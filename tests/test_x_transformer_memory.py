@@ -24,8 +24,10 @@ OPTIONS = {
     "streams": {"num_residual_streams": 2, "layer_execution_order": [0, 0]},
     "scores of the block before": {"residual_attention": True, "post_softmax_talking_heads": True},
 }
+# Theirs does not give in segments what it gives for the whole with rotary positions and memory keys together.
 THEIRS = {
-    "rotary": {"rotary_pos_emb": True, "attn_num_mem_kv": 2},
+    "rotary": {"rotary_pos_emb": True},
+    "t5 bias, memory keys": {"rel_pos_bias": True, "attn_num_mem_kv": 2},
     "t5 bias": {"rel_pos_bias": True, "attn_kv_heads": 2},
     "alibi": {"alibi_pos_bias": True, "disable_abs_pos_emb": True, "residual_attn": True},
     "sandwich": {"rotary_pos_emb": True, "sandwich_norm": True, "attn_qk_norm": True},
