@@ -150,7 +150,7 @@ class XTransformerConfig(XTransformerInputsConfig):
         value_gate_bias (`bool`, defaults to `False`): that gate with a bias, which starts at 10: open.
         attention_on_attention (`bool`, defaults to `False`): a GLU as output projection (arXiv 1908.06954).
         mem_len (`int`, defaults to 0): how many states of earlier segments each block remembers (arXiv 1901.02860),
-            see `mems` of `forward`. Not with absolute positions, memory tokens or token shifts.
+            see `segment_memory` of `forward`. Not with absolute positions, memory tokens or token shifts.
         attention_z_loss_coef (`float`, defaults to 0): factor of a penalty on the softmax' denominators
             (arXiv 2202.08906), which `XTransformerForCausalLM` adds to its loss.
         masked_key_probability (`float`, defaults to 0): share of the tokens (never the first) that no token sees in a

@@ -12,6 +12,7 @@ from .x_transformer_embeddings import Prefix, insert_prefix
 from .x_transformer_inputs import prefix_start, with_prefix
 
 
+# (Not called `mems`: transformers' `generate` takes an output of that name for a cache.)
 class Recalled(NamedTuple):
     """The memory of one call.
 
@@ -32,34 +33,37 @@ class Recalled(NamedTuple):
         return insert_prefix(tokens, norm(self.states[:, block].to(tokens.dtype)), self.start)
 
 
-def check_mems(mems: torch.Tensor | None, batch: int, config) -> None:
+def check_segment_memory(segment_memory: torch.Tensor | None, batch: int, config) -> None:
     """A memory of the right shape, for a model that has one.
 
     Raises:
         ValueError: otherwise.
     """
-    if mems is None:
+    if segment_memory is None:
         return
     if not config.mem_len:
-        raise ValueError("mems needs config.mem_len above 0, got a model without a memory")
+        raise ValueError("segment_memory needs config.mem_len above 0, got a model without a memory")
     expected = (batch, config.num_hidden_layers, config.hidden_size)
-    if mems.ndim != 4 or (mems.shape[0], mems.shape[1], mems.shape[3]) != expected:
+    if (
+        segment_memory.ndim != 4
+        or (segment_memory.shape[0], segment_memory.shape[1], segment_memory.shape[3]) != expected
+    ):
         raise ValueError(
-            f"mems must have shape [{batch}, {expected[1]}, any length, {expected[2]}] (batch, blocks, tokens, "
-            f"channels), got {tuple(mems.shape)}"
+            f"segment_memory must have shape [{batch}, {expected[1]}, any length, {expected[2]}] (batch, blocks, "
+            f"tokens, channels), got {tuple(segment_memory.shape)}"
         )
 
 
-def recall(mems, mask, position_ids, past_key_values, length: int):
-    """Mask and positions behind the memory `mems` `[B, L, M, C]` (or None), and the memory itself.
+def recall(segment_memory, mask, position_ids, past_key_values, length: int):
+    """Mask and positions behind the memory `segment_memory` `[B, L, M, C]` (or None), and the memory itself.
 
-    A cache takes the memory in with the first call; then `mems` is not looked at any more.
+    A cache takes the memory in with the first call; then `segment_memory` is not looked at any more.
 
     Args:
         mask: `[B, everything seen]` bool, or None.
         position_ids: `[B or 1, N]`, of the `length` new tokens.
     """
-    count, is_first, first_length = 0 if mems is None else mems.shape[2], True, length
+    count, is_first, first_length = 0 if segment_memory is None else segment_memory.shape[2], True, length
     if past_key_values is not None:
         layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
         is_first = layers[0].first_length == 0
@@ -74,15 +78,15 @@ def recall(mems, mask, position_ids, past_key_values, length: int):
         return mask, position_ids, Recalled(None, start, position_ids)
     rows = position_ids if start is None else position_ids.expand(start.shape[0], -1)
     places = insert_prefix(rows, torch.arange(count, device=rows.device).expand(rows.shape[0], -1), start)
-    return mask, position_ids, Recalled(mems, start, places)
+    return mask, position_ids, Recalled(segment_memory, start, places)
 
 
-def remember(states: list[torch.Tensor], mems: torch.Tensor | None, config) -> torch.Tensor:
+def remember(states: list[torch.Tensor], segment_memory: torch.Tensor | None, config) -> torch.Tensor:
     """The memory for the next segment, `[B, L, M, C]`: the last `config.mem_len` of memory and new states.
 
     Args:
         states: for each block, `[B, N, C]`, what entered its self-attention.
     """
     new = torch.stack(states, dim=1).detach()
-    together = new if mems is None else torch.cat([mems.to(new.dtype), new], dim=2)
+    together = new if segment_memory is None else torch.cat([segment_memory.to(new.dtype), new], dim=2)
     return together[:, :, -config.mem_len :]

@@ -40,7 +40,7 @@ from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
-from .segment_memory import check_mems, recall, remember
+from .segment_memory import check_segment_memory, recall, remember
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
@@ -129,7 +129,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
-        mems: torch.Tensor | None = None,
+        segment_memory: torch.Tensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
         keep_prepended: bool = False,
@@ -149,8 +149,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
             encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
-            mems: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the segment
-                before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
+            segment_memory: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the
+                segment before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
             prepend_embeds: `[B, P, embedding_size]`, vectors in front of the tokens, such as those of an image. They
                 have no absolute position and are no tokens to `attention_mask`, `position_ids` and the cache. With a
                 cache they count in the first call only; it needs `config.prepend_embeddings`.
@@ -186,10 +186,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
             hidden_states, mask, position_ids, past_key_values, length, prepend_mask
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
-        check_mems(mems, hidden_states.shape[0], config)
+        check_segment_memory(segment_memory, hidden_states.shape[0], config)
         recalled, query_position_ids = None, position_ids
         if config.mem_len:
-            mask, query_position_ids, recalled = recall(mems, mask, position_ids, past_key_values, length)
+            mask, query_position_ids, recalled = recall(segment_memory, mask, position_ids, past_key_values, length)
             position_ids = recalled.key_position_ids
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
@@ -231,7 +231,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         return XTransformerModelOutput(
             last_hidden_state=hidden_states,
             past_key_values=past_key_values,
-            mems=remember(entered, mems, config) if entered and is_first else None,
+            segment_memory=remember(entered, segment_memory, config) if entered and is_first else None,
             attention_z_loss=z_loss,
             cls_states=cls_states,
         )
@@ -330,7 +330,7 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
 
     body_class = XTransformerModel
     output_class = XTransformerCausalLMOutput
-    passed_on = (*CausalLMHead.passed_on, "mems", "attention_z_loss")
+    passed_on = (*CausalLMHead.passed_on, "segment_memory", "attention_z_loss")
 
     def loss_of(self, logits, labels, outputs, **kwargs) -> torch.Tensor:
         loss = super().loss_of(logits, labels, outputs, **kwargs)
@@ -346,12 +346,11 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
         labels: torch.LongTensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
-        mems: torch.Tensor | None = None,
+        segment_memory: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """As in `CausalLMHead`, with `prepend_embeds`, `prepend_mask` and `mems` for `XTransformerModel.forward`."""
-        # Named, because `generate` refuses arguments that no signature has.
-        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask, "mems": mems}
+        """As in `CausalLMHead`; what only the body takes is named because `generate` refuses names it cannot find."""
+        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask, "segment_memory": segment_memory}
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, **kwargs
         )

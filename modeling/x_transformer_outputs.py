@@ -11,20 +11,20 @@ from transformers.modeling_outputs import (
 
 @dataclass
 class XTransformerModelOutput(BaseModelOutputWithPastAndCrossAttentions):
-    """`mems` `[B, blocks, M, hidden_size]`: the memory for the next segment, with `config.mem_len`.
+    """`segment_memory` `[B, blocks, M, hidden_size]`: the memory for the next segment, with `config.mem_len`.
 
     `attention_z_loss`: a number to be added to the loss, with `config.attention_z_loss_coef`.
     `cls_states` `[B, num_cls_tokens, hidden_size]`: the last states of the CLS tokens.
     """
 
-    mems: torch.Tensor | None = None
+    segment_memory: torch.Tensor | None = None
     attention_z_loss: torch.Tensor | None = None
     cls_states: torch.Tensor | None = None
 
 
 @dataclass
 class XTransformerCausalLMOutput(CausalLMOutputWithCrossAttentions):
-    """`mems` and `attention_z_loss` as in `XTransformerModelOutput`; `loss` has the latter in it."""
+    """`segment_memory` and `attention_z_loss` as in `XTransformerModelOutput`; `loss` has the latter in it."""
 
-    mems: torch.Tensor | None = None
+    segment_memory: torch.Tensor | None = None
     attention_z_loss: torch.Tensor | None = None

@@ -63,8 +63,8 @@ def test_three_segments_as_in_x_transformers(name, kind):
     for seed in range(3):
         segment = ids(7, seed)
         expected, theirs = module(segment, mems=theirs, return_mems=True)
-        output = body(segment, mems=ours, use_cache=False)
-        ours = output.mems
+        output = body(segment, segment_memory=ours, use_cache=False)
+        ours = output.segment_memory
         torch.testing.assert_close(head(output.last_hidden_state), expected, rtol=0, atol=TOLERANCE)
         torch.testing.assert_close(ours, torch.stack(theirs, dim=1), rtol=0, atol=TOLERANCE)
     assert ours.shape[2] == 9
@@ -74,30 +74,30 @@ def test_three_segments_as_in_x_transformers(name, kind):
 @torch.no_grad()
 def test_segments_give_what_the_whole_gives(name):
     model, text = model_with(name), tokens(2, 18)
-    whole, mems, pieces = model(text, use_cache=False).logits, None, []
+    whole, segment_memory, pieces = model(text, use_cache=False).logits, None, []
     for segment in text.split([7, 5, 6], dim=1):
-        output = model(segment, mems=mems, use_cache=False)
-        mems = output.mems
+        output = model(segment, segment_memory=segment_memory, use_cache=False)
+        segment_memory = output.segment_memory
         pieces.append(output.logits)
     close(torch.cat(pieces, dim=1), whole)
-    assert mems.shape == (2, 2, 18, SIZES["hidden_size"]) and not mems.requires_grad
+    assert segment_memory.shape == (2, 2, 18, SIZES["hidden_size"]) and not segment_memory.requires_grad
 
 
 @pytest.mark.parametrize("name", OPTIONS)
 @torch.no_grad()
 def test_a_memory_can_be_cached_and_rows_padded(name):
     model = model_with(name)
-    mems = model(tokens(2, 8, seed=4), use_cache=False).mems
+    segment_memory = model(tokens(2, 8, seed=4), use_cache=False).segment_memory
     segment, mask = pad_first_row(tokens(2, 11), 4)
-    whole = model(segment, attention_mask=mask, mems=mems, use_cache=False).logits
-    close(whole[:1, 4:], model(segment[:1, 4:], mems=mems[:1], use_cache=False).logits)
+    whole = model(segment, attention_mask=mask, segment_memory=segment_memory, use_cache=False).logits
+    close(whole[:1, 4:], model(segment[:1, 4:], segment_memory=segment_memory[:1], use_cache=False).logits)
     assert not torch.allclose(whole[1], model(segment[1:], use_cache=False).logits[0])
     cache, pieces, seen = DynamicCache(config=model.config), [], 0
     for piece in segment.split([6, 1, 4], dim=1):
         seen += piece.shape[1]
-        output = model(piece, attention_mask=mask[:, :seen], mems=mems, past_key_values=cache)
+        output = model(piece, attention_mask=mask[:, :seen], segment_memory=segment_memory, past_key_values=cache)
         pieces.append(output.logits)
-        assert (output.mems is None) == (seen > 6) and cache.get_seq_length() == seen
+        assert (output.segment_memory is None) == (seen > 6) and cache.get_seq_length() == seen
     close(torch.cat(pieces, dim=1)[mask.bool()], whole[mask.bool()])
 
 
@@ -106,9 +106,9 @@ def test_a_memory_can_be_cached_and_rows_padded(name):
 def test_generation_goes_on_from_a_memory(name, strategy):
     model = model_with(name)
     with torch.no_grad():
-        mems = model(tokens(2, 8, seed=4), use_cache=False).mems
+        segment_memory = model(tokens(2, 8, seed=4), use_cache=False).segment_memory
     prompt, mask = pad_first_row(tokens(2, 7), 3)
-    options = {"attention_mask": mask, "mems": mems, **strategy}
+    options = {"attention_mask": mask, "segment_memory": segment_memory, **strategy}
     cached = run(model, prompt, **options)
     assert_same(cached, run(model, prompt, use_cache=False, **options), name)
     forgetful = run(model, prompt, attention_mask=mask, **strategy)
@@ -121,11 +121,11 @@ def test_a_memory_is_kept_while_training_and_checkpointing():
         if checkpointing:
             model.gradient_checkpointing_enable()
         model.zero_grad()
-        mems = model(text[:, :6], use_cache=False).mems
-        output = model(text[:, 6:], labels=text[:, 6:], mems=mems, use_cache=False)
+        segment_memory = model(text[:, :6], use_cache=False).segment_memory
+        output = model(text[:, 6:], labels=text[:, 6:], segment_memory=segment_memory, use_cache=False)
         output.loss.backward()
         gradients.append(model.model.layers[0].self_attn.k_proj.weight.grad.clone())
-        assert output.mems.shape[2] == 12
+        assert output.segment_memory.shape[2] == 12
     torch.testing.assert_close(*gradients)
 
 
@@ -147,10 +147,10 @@ def test_what_a_memory_cannot_be_combined_with(name):
 
 def test_a_memory_of_another_shape_is_refused():
     model = model_with("rope")
-    with pytest.raises(ValueError, match="mems must have shape"):
-        model(tokens(2, 5), mems=torch.zeros(2, 3, 4, 32))
+    with pytest.raises(ValueError, match="segment_memory must have shape"):
+        model(tokens(2, 5), segment_memory=torch.zeros(2, 3, 4, 32))
     with pytest.raises(ValueError, match="without a memory"):
-        XTransformerModel(XTransformerConfig(**SIZES))(tokens(2, 5), mems=torch.zeros(2, 2, 4, 32))
+        XTransformerModel(XTransformerConfig(**SIZES))(tokens(2, 5), segment_memory=torch.zeros(2, 2, 4, 32))
 
 
 Z_LOSS = {"rotary_pos_emb": True, "attn_head_learned_sink": True, "attn_num_mem_kv": 2, "attn_softclamp_logits": True}

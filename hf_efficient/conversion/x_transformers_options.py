@@ -178,10 +178,6 @@ def _execution(value, flags) -> Fields:
     return {"layer_execution_order": blocks, "num_hidden_layers": len(blocks)}
 
 
-def _disabled_positions(value, flags) -> Fields:
-    return {}  # read by the embeddings' rows
-
-
 # `AttentionLayers`: Encoder, Decoder, PrefixDecoder
 LAYER_FLAGS = (
     Flag("dim", REQUIRED, "hidden_size", "x_transformer.py"),
@@ -215,7 +211,7 @@ LAYER_FLAGS = (
     Flag("rotary_interpolation_factor", 1.0, "rope_parameters['factor'], type 'linear'", ROTARY, _nothing),
     Flag("rotary_xpos_scale_base", 512, "xpos_scale_base", ROTARY),
     Flag("rotary_base_rescale_factor", 1.0, "rope_parameters['rope_theta']", ROTARY, _nothing),
-    Flag("disable_abs_pos_emb", None, "absolute_positions=None", INPUTS, _disabled_positions),
+    Flag("disable_abs_pos_emb", None, "absolute_positions=None", INPUTS, _nothing),
     Flag("weight_tie_layers", False, "layer_execution_order=[0, 0, ...]", "x_transformer.py",
          lambda v, f: {"layer_execution_order": [0] * f["depth"]} if v else {}),
     Flag("custom_layers", None, "sublayer_order", LAYER, _order, takes_list=True),
@@ -354,8 +350,7 @@ WRAPPER_FLAGS = (
          lambda v, f: {"classifier_pooling": "cls", "num_cls_tokens": f["num_cls_tokens"]} if v else {}),
     Flag("num_cls_tokens", 1, "num_cls_tokens", INPUTS, _nothing),
     Flag("max_mem_len", 0, "mem_len", "segment_memory.py"),
-    Flag("attn_z_loss_weight", 1e-4, "attention_z_loss_coef (unused by the original's constructor)",
-         "attention_z_loss.py", _nothing),
+    Flag("attn_z_loss_weight", 1e-4, "(unused by the original; see attention_z_loss_coef)", "", _nothing),
     Flag("input_not_include_cache", False, "(what a cache always means here)", "", _nothing),
     *(
         Flag(name, default, refused=RESEARCH)
