@@ -15,6 +15,7 @@ TESTS = {
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
     "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
+    "x_transformer": ["tests/test_x_transformer*.py", "tests/test_generation_x_transformer.py"],
 }
 QUICK_TESTS = {
     "linear_attention": [
@@ -22,6 +23,7 @@ QUICK_TESTS = {
         "tests/test_linear_attention_isolation.py::test_rows_without_any_key_are_zero",
     ],
     "performer": [],
+    "x_transformer": ["tests/test_x_transformer.py::test_an_encoder_looks_both_ways"],
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }
