@@ -34,7 +34,7 @@ from .checked_model import CheckedPreTrainedModel
 from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
 from .hyper_connections import join_streams, split_streams
-from .input_checks import check_attention_mask, check_inputs, check_positions
+from .input_checks import can_look, check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
 from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
@@ -180,6 +180,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
         check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
         mask = real_tokens(attention_mask)
+        if mask is not None and can_look(mask) and bool(mask.all()):
+            mask = None  # without one, more of attention is torch's own
         if mask is None and prepend_mask is not None:
             mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
         hidden_states, mask, position_ids, prefix = self._with_prefix(
@@ -205,8 +207,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
         }
         carried, entered = Carried(), []
         hidden_states = split_streams(hidden_states, config.num_residual_streams)
+        layers = list(self.layers)  # an index into a ModuleList costs as much as a small operation
         for layer_idx, block_idx in enumerate(config.execution_order):
-            hidden_states, *carried = self.layers[block_idx](
+            hidden_states, *carried = layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
             carried = Carried(*carried)

@@ -69,6 +69,9 @@ class XTransformerAttention(nn.Module):
         self.value_gate = ValueGate(config) if config.value_gate is not None else None
         self.is_gated_output = config.attention_on_attention
         self.dropout, self.output_dropout = config.attention_dropout, config.attention_output_dropout
+        # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
+        self.softcap, self.backend = config.attn_logit_softcapping, config.kernel_backend
+        self.penalised = bool(config.attention_z_loss_coef)
 
     def set_initial_values(self) -> None:
         if self.memory_key is not None:
@@ -104,7 +107,9 @@ class XTransformerAttention(nn.Module):
             position_bias: gives the bias of the scores, see position_bias.py; or None.
             past_key_values: the cache, or None.
         """
-        query = self.q_norm(self.split_heads(self.q_proj(hidden_states), self.head_dim))
+        query = self.split_heads(self.q_proj(hidden_states), self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
         if rotary is not None:
             query = rotate(query, rotary[0])
         key, value, raw_value = self._keys_and_values(
@@ -120,8 +125,7 @@ class XTransformerAttention(nn.Module):
                 query, key, value, visibility, extras, previous, self.mix_scores, self.mix_weights
             )
         else:
-            penalised, backend = bool(self.config.attention_z_loss_coef), self.config.kernel_backend
-            output, lse = fused_attention(query, key, value, visibility, extras, backend, penalised)
+            output, lse = fused_attention(query, key, value, visibility, extras, self.backend, self.penalised)
             weights = scores = None
         return Attended(self._project_out(output, hidden_states), weights, raw_value, scores, lse)
 
@@ -137,7 +141,9 @@ class XTransformerAttention(nn.Module):
             if cross and past_key_values.is_updated.get(layer_idx):
                 layer = cache.layers[layer_idx]
                 return layer.keys, layer.values, layer.values
-        key = self.k_norm(self.split_heads(self.k_proj(source), self.head_dim))
+        key = self.split_heads(self.k_proj(source), self.head_dim)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
         if rotary is not None:
             key = rotate(key, rotary[1])
         raw_value = value = self.split_heads(self.v_proj(source), self.value_head_dim)
@@ -166,7 +172,7 @@ class XTransformerAttention(nn.Module):
         return Extras(
             scale=self.scaling,
             bias={} if position_bias is None else position_bias(max(key.shape[2] - 1, 0)),
-            softcap=self.config.attn_logit_softcapping,
+            softcap=self.softcap,
             memory_key=memory_key if memory_key is None else memory_key.to(key.dtype),
             memory_value=self.memory_value if self.memory_value is None else self.memory_value.to(key.dtype),
             sinks=sinks,
@@ -184,7 +190,9 @@ class XTransformerAttention(nn.Module):
         output = self.o_proj(heads.transpose(1, 2).flatten(2))
         if self.is_gated_output:
             output = nn.functional.glu(output, dim=-1)
-        return nn.functional.dropout(output, self.output_dropout, self.training)
+        if self.training and self.output_dropout:
+            output = nn.functional.dropout(output, self.output_dropout)
+        return output
 
 
 class TalkingHeads(nn.Module):
