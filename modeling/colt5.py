@@ -168,8 +168,8 @@ class OnEncoder:
 class CoLT5ForSequenceClassification(OnEncoder, SequenceClassificationHead, CoLT5PreTrainedModel):
     """One label (or number) for a sequence, read from the mean of the encoder's states at real tokens."""
 
-    def pool(self, hidden_states: Tensor, attention_mask, input_ids) -> Tensor:
-        return pool_hidden_states(hidden_states, attention_mask, "mean")
+    def pool(self, outputs, attention_mask, input_ids) -> Tensor:
+        return pool_hidden_states(outputs.last_hidden_state, attention_mask, "mean")
 
 
 class CoLT5ForQuestionAnswering(OnEncoder, QuestionAnsweringHead, CoLT5PreTrainedModel):

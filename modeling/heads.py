@@ -187,7 +187,7 @@ class SequenceClassificationHead(ClassificationHead):
         """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
         kwargs["use_cache"] = False
         outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.dropout(self.pool(outputs.last_hidden_state, attention_mask, input_ids)))
+        logits = self.score(self.dropout(self.pool(outputs, attention_mask, input_ids)))
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
@@ -195,14 +195,14 @@ class SequenceClassificationHead(ClassificationHead):
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.get("attentions")
         )
 
-    def pool(self, hidden_states: torch.Tensor, attention_mask, input_ids) -> torch.Tensor:
-        """`[B, hidden_size]` of the real ones among `hidden_states` `[B, N, hidden_size]`.
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        """`[B, hidden_size]` of the real ones among the body's last hidden states `[B, N, hidden_size]`.
 
         Without a mask `[B, N]`, those are real whose `input_ids` are not `config.pad_token_id`.
         """
         if attention_mask is None and input_ids is not None and self.config.pad_token_id is not None:
             attention_mask = input_ids != self.config.pad_token_id
-        return pool_hidden_states(hidden_states, attention_mask, self.config.classifier_pooling)
+        return pool_hidden_states(outputs.last_hidden_state, attention_mask, self.config.classifier_pooling)
 
 
 class TokenClassificationHead(ClassificationHead):

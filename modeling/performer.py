@@ -268,8 +268,8 @@ class PerformerForSequenceClassification(SequenceClassificationHead, PerformerPr
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
 
-    def pool(self, hidden_states: torch.Tensor, attention_mask, input_ids) -> torch.Tensor:
-        pooled = super().pool(hidden_states, attention_mask, input_ids)
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        pooled = super().pool(outputs, attention_mask, input_ids)
         return pooled if self.transform is None else self.transform(pooled)
 
 

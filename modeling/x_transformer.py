@@ -24,22 +24,23 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
+from .attention_z_loss import attention_z_loss
 from .checked_model import CheckedPreTrainedModel
 from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
 from .hyper_connections import join_streams, split_streams
-from .input_checks import check_attention_mask, check_inputs, check_positions
+from .input_checks import can_look, check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
 from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
+from .segment_memory import check_segment_memory, recall, remember
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
@@ -47,6 +48,7 @@ from .x_transformer_embeddings import (
     XTransformerEmbeddings,
     insert_prefix,
     make_token_embedding,
+    read_prefix,
     remove_prefix,
 )
 from .x_transformer_inputs import (
@@ -59,6 +61,7 @@ from .x_transformer_inputs import (
     with_prefix,
 )
 from .x_transformer_layer import Carried, XTransformerLayer
+from .x_transformer_outputs import XTransformerCausalLMOutput, XTransformerModelOutput
 
 
 class XTransformerPreTrainedModel(CheckedPreTrainedModel):
@@ -84,8 +87,10 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "set_initial_values"):
             module.set_initial_values()
-        if isinstance(module, XTransformerModel) and module.memory_tokens is not None:
-            init.normal_(module.memory_tokens, std=self.config.initializer_range)
+        if isinstance(module, XTransformerModel):
+            for tokens in (module.memory_tokens, module.cls_tokens):
+                if tokens is not None:
+                    init.normal_(tokens, std=self.config.initializer_range)
 
 
 class XTransformerModel(XTransformerPreTrainedModel):
@@ -95,9 +100,11 @@ class XTransformerModel(XTransformerPreTrainedModel):
         super().__init__(config)
         config.check_stack()
         self.embed_tokens, self.embeddings = self.make_inputs(config)
-        self.memory_tokens = None
+        self.memory_tokens = self.cls_tokens = None
         if config.num_memory_tokens:
             self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        if config.num_cls_tokens:
+            self.cls_tokens = nn.Parameter(torch.empty(config.num_cls_tokens, config.hidden_size))
         self.rotary = RotaryEmbedding(config) if config.rotary_positions is not None else None
         self.position_bias = make_position_bias(config)
         self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
@@ -123,12 +130,13 @@ class XTransformerModel(XTransformerPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
+        segment_memory: torch.Tensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
         keep_prepended: bool = False,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> XTransformerModelOutput:
         """Hidden states for `[B, N]` token ids.
 
         Args:
@@ -142,6 +150,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
             encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
+            segment_memory: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the
+                segment before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
             prepend_embeds: `[B, P, embedding_size]`, vectors in front of the tokens, such as those of an image. They
                 have no absolute position and are no tokens to `attention_mask`, `position_ids` and the cache. With a
                 cache they count in the first call only; it needs `config.prepend_embeddings`.
@@ -171,39 +181,63 @@ class XTransformerModel(XTransformerPreTrainedModel):
         check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
         mask = real_tokens(attention_mask)
+        if mask is not None and can_look(mask) and bool(mask.all()):
+            mask = None  # without one, more of attention is torch's own
         if mask is None and prepend_mask is not None:
             mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
         hidden_states, mask, position_ids, prefix = self._with_prefix(
             hidden_states, mask, position_ids, past_key_values, length, prepend_mask
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
+        check_segment_memory(segment_memory, hidden_states.shape[0], config)
+        recalled, query_position_ids = None, position_ids
+        if config.mem_len:
+            mask, query_position_ids, recalled = recall(segment_memory, mask, position_ids, past_key_values, length)
+            position_ids = recalled.key_position_ids
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
         arguments = {
             "visibility": self._visibility(mask, prefix, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
-            "rotary": None if self.rotary is None else self.rotary(position_ids),
-            "encoder_rotary": self._encoder_rotary(position_ids, encoder_hidden_states, encoder_position_ids),
+            "rotary": self._rotary(query_position_ids, position_ids),
+            "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
             "past_key_values": past_key_values,
             "padding": padding,
+            "recalled": recalled,
         }
-        carried = Carried()
+        carried, entered = Carried(), []
         hidden_states = split_streams(hidden_states, config.num_residual_streams)
+        layers = list(self.layers)  # an index into a ModuleList costs as much as a small operation
         for layer_idx, block_idx in enumerate(config.execution_order):
-            hidden_states, *carried = self.layers[block_idx](
+            hidden_states, *carried = layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
+            carried = Carried(*carried)
+            if carried.entered is not None:
+                entered.append(carried.entered)
+                carried = carried._replace(entered=None)
         hidden_states = join_streams(hidden_states, config.num_residual_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)
         hidden_states = self.norm(hidden_states)
+        cls_states = None
+        if config.num_cls_tokens:
+            cls_states = read_prefix(hidden_states, prefix, config.num_memory_tokens, config.num_cls_tokens)
         if hidden_states.shape[1] != length:
-            kept = hidden_states.shape[1] - length - config.num_memory_tokens if keep_prepended else 0
+            kept = hidden_states.shape[1] - length - config.num_prefix_tokens if keep_prepended else 0
             hidden_states = remove_prefix(hidden_states, prefix, kept)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
+        is_first = isinstance(cached, int) and cached == 0
+        z_loss = None
+        if carried.lse is not None:
+            z_loss = config.attention_z_loss_coef * attention_z_loss(carried.lse, padding)
+        return XTransformerModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            segment_memory=remember(entered, segment_memory, config) if entered and is_first else None,
+            attention_z_loss=z_loss,
+            cls_states=cls_states,
         )
 
     def _new_cache(self) -> Cache:
@@ -213,7 +247,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         return EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
     def _with_prefix(self, hidden_states, mask, position_ids, past_key_values, length, prepend_mask):
-        """States, mask and positions of memory tokens, prepended vectors and tokens; and where the first two stand.
+        """States, mask and positions of learned tokens, prepended vectors and tokens; and where the first two stand.
 
         They come with the first call; after it, a cache holds them, and only the mask has to know.
 
@@ -221,9 +255,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
             hidden_states: `[B, P + N, C]`, prepended vectors before the `length` tokens.
             mask, position_ids: of tokens alone.
         """
-        memory = self.config.num_memory_tokens
+        learned = [tokens for tokens in (self.memory_tokens, self.cls_tokens) if tokens is not None]
         prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
-        count, is_first, first_length = memory + prepended.shape[1], True, length
+        count = self.config.num_prefix_tokens + prepended.shape[1]
+        is_first, first_length = True, length
         if past_key_values is not None and self.config.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
             is_first = layers[0].first_length == 0
@@ -237,11 +272,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
         mask = with_prefix(mask, prefix, real_tokens(prepend_mask))
         position_ids = position_ids + count
         if is_first:
-            front = prepended
-            if memory:
-                tokens = self.memory_tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1)
-                front = torch.cat([tokens, prepended], dim=1)
-            hidden_states = insert_prefix(hidden_states, front, prefix.start)
+            rows = [tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1) for tokens in learned]
+            hidden_states = insert_prefix(hidden_states, torch.cat([*rows, prepended], dim=1), prefix.start)
             places = torch.arange(count, device=position_ids.device)
             rows = position_ids if prefix.start is None else position_ids.expand(prefix.start.shape[0], -1)
             position_ids = insert_prefix(rows, places.expand(rows.shape[0], -1), prefix.start)
@@ -265,6 +297,14 @@ class XTransformerModel(XTransformerPreTrainedModel):
             seen = torch.as_tensor(cached + length, device=hidden_states.device).expand(batch)
             visibility = visibility._replace(key_lengths=seen)
         return visibility
+
+    def _rotary(self, query_position_ids, key_position_ids):
+        """Tables for the queries and for the keys, or None."""
+        if self.rotary is None:
+            return None
+        if query_position_ids is key_position_ids:
+            return self.rotary(query_position_ids)
+        return self.rotary(query_position_ids)[0], self.rotary(key_position_ids)[1]
 
     def _encoder_rotary(self, position_ids, encoder_hidden_states, encoder_position_ids):
         """Tables for the queries and keys of cross-attention, or None."""
@@ -294,6 +334,12 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
     """A decoder with a language modelling head. Makes its configuration causal."""
 
     body_class = XTransformerModel
+    output_class = XTransformerCausalLMOutput
+    passed_on = (*CausalLMHead.passed_on, "segment_memory", "attention_z_loss")
+
+    def loss_of(self, logits, labels, outputs, **kwargs) -> torch.Tensor:
+        loss = super().loss_of(logits, labels, outputs, **kwargs)
+        return loss if outputs.attention_z_loss is None else loss + outputs.attention_z_loss
 
     def forward(
         self,
@@ -305,10 +351,11 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
         labels: torch.LongTensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
+        segment_memory: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ):
-        """As in `CausalLMHead`, with `prepend_embeds` and `prepend_mask` for `XTransformerModel.forward`."""
-        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask}
+        """As in `CausalLMHead`; what only the body takes is named because `generate` refuses names it cannot find."""
+        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask, "segment_memory": segment_memory}
         return super().forward(
             input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, **kwargs
         )
@@ -324,6 +371,13 @@ class XTransformerForSequenceClassification(SequenceClassificationHead, XTransfo
     """One label (or number) for a sequence, read from a pooled hidden state (`config.classifier_pooling`)."""
 
     body_class = XTransformerModel
+
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        """As in the base; of CLS tokens their states, `[B, tokens, hidden_size]` if there are several."""
+        if self.config.classifier_pooling != "cls":
+            return super().pool(outputs, attention_mask, input_ids)
+        states = outputs.cls_states
+        return states[:, 0] if states.shape[1] == 1 else states
 
 
 class XTransformerForTokenClassification(TokenClassificationHead, XTransformerPreTrainedModel):

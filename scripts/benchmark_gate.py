@@ -23,6 +23,7 @@ TESTS = {
         *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),
         *("tests/test_flash_attention_parts.py", "tests/test_conversion_perceiver.py"),
     ],
+    "x_transformer": ["tests/test_x_transformer*.py", "tests/test_generation_contract.py"],
 }
 QUICK_TESTS = {
     "linear_attention": [
@@ -32,6 +33,7 @@ QUICK_TESTS = {
     "performer": [],
     "colt5": ["tests/test_routed_blocks.py::test_feed_forward_is_the_formula"],
     "perceiver_flash": ["tests/test_flash_attention_parts.py::test_parts_equal_the_whole"],
+    "x_transformer": ["tests/test_x_transformer.py::test_an_encoder_looks_both_ways"],
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }

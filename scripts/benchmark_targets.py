@@ -236,6 +236,30 @@ def _perceiver_targets():
     )
 
 
+def _x_transformer_targets():
+    mode = "forward+backward"
+    yield Target(
+        "decoder, training step at 4k: time over x-transformers with flash",
+        lambda rows: rows.ratio("x_transformer_plain", mode, 4096, "ours", "x-transformers-flash"),
+        1,
+        at_most=True,
+    )
+    for option, text in (("alibi", "ALiBi"), ("t5", "T5's bias"), ("softclamp", "clamped scores")):
+        yield Target(
+            f"decoder with {text}, training step at 4k: times faster than x-transformers",
+            lambda rows, option=option: rows.ratio(f"x_transformer_{option}", mode, 4096, "x-transformers", "ours"),
+            4,
+        )
+    for peer, text, bound in (("x-transformers", "x-transformers", 1.3), ("llama", "Llama of the same size", 1)):
+        yield Target(
+            f"decoder, generate 64+256: times faster than {text}",
+            lambda rows, peer=peer: rows.ratio(
+                "x_transformer_generate", "64+256", 320, "ours", peer, "tokens_per_second"
+            ),
+            bound,
+        )
+
+
 TARGETS = [
     *_attention_targets(),
     *_decoding_targets(),
@@ -243,6 +267,7 @@ TARGETS = [
     *_routing_targets(),
     *_routed_layer_targets(),
     *_perceiver_targets(),
+    *_x_transformer_targets(),
 ]
 
 
