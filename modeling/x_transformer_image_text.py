@@ -39,6 +39,7 @@ class XTransformerImageTextEncoder(XTransformerModel):
         self.vision_tower = XTransformerImageEncoder(image_config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -155,14 +156,15 @@ class XTransformerImageTextModel(XTransformerEncoderDecoderModel):
 class XTransformerForImageTextToText(ScaledLogits, Seq2SeqLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """Writes text about images: a captioner, or an answer to a text and an image (`config.image_fusion`)."""
 
+    main_input_name = "pixel_values"
     body_class = XTransformerImageTextModel
     input_modalities = ("image", "text")
     output_modalities = ("text",)
 
     def add_head(self, config: XTransformerConfig) -> None:
         super().add_head(config)
-        if config.image_fusion == "cross_attention":
-            self.main_input_name = "pixel_values"
+        if config.image_fusion == "prepended":
+            self.main_input_name = "input_ids"
 
     def forward(
         self,
