@@ -8,6 +8,7 @@ import torch
 from captioned_shapes import SIDE, captioned_shapes
 from datasets import Dataset, DatasetDict, Features, Image, Value, load_dataset
 from rouge_metrics import RougeMetrics
+from task_image_classification import MODES
 from task_sequence_to_sequence import limit_rows
 from tokenizers import Tokenizer, models, pre_tokenizers, processors, trainers
 from training_model import fit_vocabulary, hub_options, parse_config_overrides
@@ -22,7 +23,6 @@ from transformers import (
 )
 
 
-MODES = {1: "L", 3: "RGB"}  # of PIL, by number of channels
 GENERATED = {"train": 24_000, "held_out": 1_000}
 HELD_OUT_SPLITS = ("validation", "valid", "dev", "test")
 
