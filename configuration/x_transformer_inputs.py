@@ -124,8 +124,8 @@ class XTransformerInputsConfig(SelfContainedConfig):
             wanted, name = self.encoder_config().token_size, "the width of the text encoder's embeddings"
         else:
             wanted, name = self.encoder_state_size, "cross_attention_hidden_size"
-            for field in ("encoder_overrides", "share_embeddings"):
-                if getattr(self, field):
-                    refuse(self, field, "image_fusion='prepended'", "a captioner has no encoder of text")
+            for of_text in ("encoder_overrides", "share_embeddings"):
+                if getattr(self, of_text):
+                    refuse(self, of_text, "image_fusion='prepended'", "a captioner has no encoder of text")
         if size != wanted:
             raise ValueError(f"the image encoder's hidden_size must be {name} ({wanted}), got {size}")

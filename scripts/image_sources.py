@@ -8,9 +8,9 @@ import os
 from typing import NamedTuple
 
 import numpy as np
-from dataset_splits import check_split_arguments, held_out_split, open_dataset, with_training_split
-from datasets import ClassLabel, Dataset, Features, Image, load_dataset
+from datasets import ClassLabel, Dataset, Features, Image
 from sklearn.datasets import load_digits
+from text_sources import check_sources, load_dataset_splits
 
 
 # The scans are 1,797 in all; a fifth of them, 360, decides an accuracy to half a percent.
@@ -88,22 +88,25 @@ def load_images(
     Raises:
         ValueError: more than one source, no such folder, columns that cannot be told, no training images.
     """
-    if image_folder is not None and dataset_name is not None:
-        raise ValueError("at most one of --image_folder and --dataset_name can be given, got both")
-    check_split_arguments(dataset_name, dataset_config_name, validation_split_percentage)
+    check_sources(
+        {"--image_folder": image_folder, "--dataset_name": dataset_name},
+        train_file=None,
+        validation_file=None,
+        dataset_name=dataset_name,
+        dataset_config_name=dataset_config_name,
+        percentage=validation_split_percentage,
+    )
     if image_folder is None and dataset_name is None:
         return digits()
     source = image_folder or dataset_name
-    if image_folder is not None:
-        if not os.path.isdir(image_folder):
-            raise ValueError(f"--image_folder must be an existing folder, got {image_folder!r}")
-        data = with_training_split(load_dataset("imagefolder", data_dir=image_folder), source)
-    else:
-        data = open_dataset(source, dataset_config_name)
-    train, held_out = keep_images(data["train"], image_column_name, label_column_name, source), held_out_split(data)
+    if image_folder is not None and not os.path.isdir(image_folder):
+        raise ValueError(f"--image_folder must be an existing folder, got {image_folder!r}")
+    # A folder of images is a dataset too, with a loader that datasets chooses by what is in it.
+    train, held_out, description = load_dataset_splits(source, dataset_config_name)
+    train = keep_images(train, image_column_name, label_column_name, source)
     if held_out is None:
-        return ImageSplits(*split_labelled(train, validation_split_percentage), source)
-    rest = keep_images(data[held_out], image_column_name, label_column_name, source)
-    if rest.features["label"] != train.features["label"]:
-        raise ValueError(f"the {held_out!r} split of {source} must have the labels of its training split")
-    return ImageSplits(train, rest, f"{source} (held out: its {held_out!r} split)")
+        return ImageSplits(*split_labelled(train, validation_split_percentage), description)
+    held_out = keep_images(held_out, image_column_name, label_column_name, source)
+    if held_out.features["label"] != train.features["label"]:
+        raise ValueError(f"the held-out split of {source} must have the labels of its training split")
+    return ImageSplits(train, held_out, description)

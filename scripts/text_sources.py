@@ -6,12 +6,12 @@ one: then its tail is held out.
 """
 
 import hashlib
+import os
 import sysconfig
 from pathlib import Path
 from typing import NamedTuple
 
-from dataset_splits import check_split_arguments, held_out_split, open_dataset
-from datasets import Dataset, load_dataset
+from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 
 
 TEXT_SUFFIXES = (".txt", ".text", ".md", ".rst", ".py")

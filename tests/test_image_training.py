@@ -109,7 +109,7 @@ def test_a_folder_that_has_a_test_split(photographs, tmp_path):
     "words, message",
     [
         (("--image_folder", "nowhere"), "--image_folder must be an existing folder"),
-        (("--image_folder", "a", "--dataset_name", "b"), "at most one of --image_folder and --dataset_name"),
+        (("--image_folder", "a", "--dataset_name", "b"), "at most one of --image_folder, --dataset_name"),
         (("--train_file", "a.txt"), "--train_file is for text"),
         (("--block_size", "8"), "--block_size belongs to --objective"),
         (("--validation_split_percentage", "100"), "must lie between 0 and 100"),

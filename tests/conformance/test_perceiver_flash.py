@@ -14,7 +14,7 @@ from hf_efficient import (
     PerceiverFlashModel,
 )
 
-from .harness import CausalTests, CommonTests, TextTester
+from .harness import CommonTests, GenerativeTests, TextTester, TrainingTesterMixin
 
 
 class PerceiverTester(TextTester):
@@ -85,5 +85,6 @@ class DecoderTester(PerceiverTester):
         return super().config_values() | self.config_arguments
 
 
-class PerceiverFlashDecoderTest(CausalTests, unittest.TestCase):
+class PerceiverFlashDecoderTest(TrainingTesterMixin, GenerativeTests, unittest.TestCase):
     tester = DecoderTester
+    model_tester = None
