@@ -43,8 +43,9 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     if not hasattr(config, "workerinput"):
         # The page is that of a machine without a GPU.
-        compare = not torch.cuda.is_available()
-        config.pluginmanager.register(MatrixRecorder(MatrixPage(), config.option.write_matrix, compare))
+        page = MatrixPage()
+        compare = page.path.exists() and not torch.cuda.is_available()
+        config.pluginmanager.register(MatrixRecorder(page, config.option.write_matrix, compare))
 
 
 def pytest_collection_modifyitems(items):

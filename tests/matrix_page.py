@@ -49,8 +49,8 @@ NOTES = """
 ## Why not everything is a yes
 
 - A model without a loss (`…Model`, `…Encoder`) has nothing to train by itself.
-- transformers 5 has no pipeline for question answering, summarisation and translation any more; `CoLT5Model`, an
-  encoder–decoder, gets no decoder inputs from the pipeline of features, as T5's does not.
+- transformers 5 has no pipeline for question answering, summarisation and translation any more, and none for time
+  series; `CoLT5Model`, an encoder–decoder, gets no decoder inputs from the pipeline of features, as T5's does not.
 - *prompt lookup, assistant*: the latents of a Perceiver AR belong to one window, so tokens cannot be taken back.
 - *chunked prefill*: of an encoder–decoder's target transformers cuts the encoder's mask as well, which we refuse;
   memory tokens that meet a bias, a window or a shift have to be reached by the first chunk.

@@ -209,8 +209,11 @@ def test_chunked_prefill(asked, chunk, refused):
 
 @pytest.mark.matrix("chunked prefill")
 @held_to(table.ENCODER_DECODERS)
-def test_chunked_prefill_of_a_target_is_refused(asked, refused):
+def test_chunked_prefill_of_a_target_is_refused(asked, refused, request):
     """transformers cuts the mask of the encoder's input to the length of the chunk, which nobody can mean."""
+    if asked.row.images:
+        why = "a question whose mask was cut is taken for a shorter one, with more patches in front of it"
+        request.applymarker(pytest.mark.xfail(strict=True, reason=why))
     prompt = asked.started(asked.prompt())
     del prompt["decoder_attention_mask"]
     with refused(ValueError, match=r"mask must have shape \(2, \d+\).*got \(2, 3\)"):

@@ -3,7 +3,6 @@
 import shutil
 
 from helpers import run_python
-from matrix_page import MatrixPage, render
 
 from . import document
 from .skips import SKIPS
@@ -99,10 +98,3 @@ def test_document_is_up_to_date():
         "docs/conformance.md differs from what tests/conformance/skips.py says: run `python -m "
         "tests.conformance.document` at the root"
     )
-
-
-def test_the_matrix_is_what_its_cells_say():
-    """Rows, counts and notes; the cells themselves are compared at the end of a whole run (matrix_recorder.py)."""
-    page = MatrixPage()
-    wanted = render(page.read(), document.cells_by_model())
-    assert page.path.read_text(encoding="utf-8") == wanted, "docs/matrix.md is out of date: run `make matrix`"
