@@ -69,6 +69,10 @@ class HeldOutMetrics:
             }
         # Only some tokens are asked for: this is no code length of the text, and must not be read as one.
         unit = "byte" if self.tokens_are_bytes else "token"
+        if self.objective == "span_corruption":
+            # Where a span ends is a part of what has to be said: sentinels count as nats, not as hidden tokens.
+            hidden = self.evaluation.hidden_tokens
+            return {f"bits_per_hidden_{unit}": bits / hidden, f"hidden_{unit}s": hidden, "target_tokens": tokens}
         return {
             f"perplexity_of_masked_{unit}s": exponential(nats / tokens),
             f"bits_per_masked_{unit}": bits / tokens,

@@ -25,20 +25,23 @@ from transformers import (
 )
 
 
-Objective = Literal["causal", "masked"]
+Objective = Literal["causal", "masked", "span_corruption", "sequence_to_sequence"]
 
 # Python tokenisers build one object per token: pieces keep a document of any size from exhausting memory.
 PIECE_CHARACTERS = 1 << 18
 IGNORED_LABEL = -100
-EVALUATION_MASK_SEED = 0
+EVALUATION_SEED = 0
+CUT_MARGIN = 32  # tokens
 
 
 class EvaluationBlocks(NamedTuple):
-    """Held-out blocks with labels, how many labels are scored, and the UTF-8 bytes of the text they score."""
+    """Held-out blocks with labels, how many labels are scored, the UTF-8 bytes of the text, and, of span corruption,
+    how many tokens of it are hidden."""
 
     blocks: Dataset
     scored_tokens: int
     text_bytes: int
+    hidden_tokens: int | None = None
 
 
 def load_tokenizer(name: str | None, *, objective: Objective, trust_remote_code: bool = False, **kwargs):
@@ -90,6 +93,17 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_specia
         verbose=False,
     )
     return [token_id for piece in encoded["input_ids"] for token_id in piece]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """The first `count` tokens of a text, of which no more is read than it takes."""
+    length = 5 * count
+    while True:
+        token_ids = tokenize_text(tokenizer, text[:length])
+        # The cut may fall into a word: the last tokens are not those of the whole text.
+        if len(token_ids) >= count + CUT_MARGIN or length >= len(text):
+            return token_ids[:count]
+        length *= 2
 
 
 def tokenize_documents(
@@ -207,7 +221,7 @@ def limit_documents(
 
 def mask_once(windows: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, mlm_probability: float):
     """Masks held-out blocks from a fixed seed, so that every evaluation asks the same questions."""
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_MASK_SEED)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_SEED)
     special = np.isin(windows, tokenizer.all_special_ids) | ~scored
     batch = collator(
         [
