@@ -15,10 +15,7 @@ TESTS = {
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
     "performer": ["tests/test_performer*.py", "tests/test_generation_contract.py"],
-    "colt5": [
-        *("tests/test_colt5.py", "tests/test_routed_block*.py", "tests/test_row_blocks.py"),
-        *("tests/test_flash_attention_eager.py", "tests/test_soft_topk.py"),
-    ],
+    "colt5": ["tests/test_routed_block*.py", "tests/test_row_blocks.py", "tests/test_flash_attention_band.py"],
     "perceiver_flash": [
         *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),
         *("tests/test_flash_attention_parts.py", "tests/test_conversion_perceiver.py"),

@@ -139,12 +139,11 @@ def read_state_dict(path: str) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def load_original(options: ConversionArguments) -> PreTrainedModel:
-    """The model of transformers, with the head it was saved with.
+def class_of_original(options: ConversionArguments) -> type[PreTrainedModel]:
+    """The class of transformers that the checkpoint was saved with.
 
     Raises:
-        ValueError: no checkpoint, no class of transformers, broken weights, or weights that the class needs and that
-            are not there.
+        ValueError: no checkpoint, or no class of transformers.
     """
     name, hub = options.input, {"revision": options.model_revision, "token": options.token}
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -154,13 +153,25 @@ def load_original(options: ConversionArguments) -> PreTrainedModel:
     model_class = getattr(transformers, heads[0], None) if len(heads) == 1 else None
     if model_class is None:
         raise ValueError(f"--input must name one class of transformers in its config, got architectures={heads}")
+    return model_class
+
+
+def load_original(options: ConversionArguments, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """The model of transformers, with the head it was saved with.
+
+    Raises:
+        ValueError: broken weights, or weights that the class needs and that are not there.
+    """
+    name, hub = options.input, {"revision": options.model_revision, "token": options.token}
     try:
-        model, loading = model_class.from_pretrained(name, config=config, **hub, output_loading_info=True)
+        model, loading = model_class.from_pretrained(name, **hub, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"--input must hold whole weights, got {name!r}: {error}") from error
     lacking = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
     if lacking:
-        raise ValueError(f"--input must hold every weight of {heads[0]}, got {name!r} without {', '.join(lacking)}")
+        raise ValueError(
+            f"--input must hold every weight of {model_class.__name__}, got {name!r} without {', '.join(lacking)}"
+        )
     return model
 
 
@@ -221,20 +232,20 @@ def save_processor(options: ConversionArguments, folder: Path, reads_images: boo
 def convert_original(options: ConversionArguments) -> tuple[PreTrainedModel, ConversionReport]:
     """A model of transformers: a Perceiver as it is, T5s with a light branch, others with the attention asked for."""
     overrides = parse_config_overrides(options.config_overrides)
-    original = load_original(options)
-    name = type(original).__name__
+    model_class = class_of_original(options)
+    name = model_class.__name__
     if name not in UPCYCLED and options.light_branch != "zero":
         raise ValueError(f"--light_branch is for T5 and LongT5, got one with a {name}")
     if name in (*UPCYCLED, *PERCEIVERS) and options.layer_types != "linear_attention":
         raise ValueError(f"--layer_types is for Performers, got one with a {name}")
+    if name in PERCEIVERS and overrides:
+        raise ValueError(f"--config_overrides is for Performers and CoLT5s, got one with a {name}")
+    check_override_names(CoLT5Config if name in UPCYCLED else PerformerConfig, overrides)
+    original = load_original(options, model_class)
     if name in UPCYCLED:
-        check_override_names(CoLT5Config, overrides)
         return upcycle_t5(original, light=options.light_branch, **overrides)
     if name in PERCEIVERS:
-        if overrides:
-            raise ValueError(f"--config_overrides is for Performers and CoLT5s, got one with a {name}")
         return convert_transformers_perceiver(original)
-    check_override_names(PerformerConfig, overrides)
     kinds = layer_types_option(options.layer_types)
     return convert_softmax_transformer(original, layer_types=kinds, **overrides)
 

@@ -183,9 +183,17 @@ def from_files(train_file: str, validation_file: str | None, column: str, percen
 
 
 def load_dataset_splits(name: str, configuration: str | None) -> tuple[Dataset, Dataset | None, str]:
-    """Its training part, a held-out one if it has one, and what to call both; `name` as for `open_dataset`."""
-    data = open_dataset(name, configuration)
-    held_out = held_out_split(data)
+    """Its training part, a held-out one if it has one, and what to call both.
+
+    `name` is a name on the Hub, or a local path: one with a loader, files, or what `save_to_disk` wrote.
+    """
+    saved = os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json"))
+    data = load_from_disk(name) if saved else load_dataset(name, configuration)
+    if not isinstance(data, DatasetDict):
+        data = DatasetDict(train=data)
+    if "train" not in data:
+        raise ValueError(f"--dataset_name must have a 'train' split, got {sorted(data)} in {name!r}")
+    held_out = next((split for split in ("validation", "valid", "dev", "test") if split in data), None)
     if held_out is None:
         return data["train"], None, name
     return data["train"], data[held_out], f"{name} (held out: its {held_out!r} split)"
@@ -215,7 +223,10 @@ def check_sources(
         raise ValueError(f"at most one of {', '.join(sources)} can be given, got {' and '.join(named)}")
     if validation_file is not None and train_file is None:
         raise ValueError("--validation_file needs a --train_file to go with, got none")
-    check_split_arguments(dataset_name, dataset_config_name, percentage)
+    if dataset_config_name is not None and dataset_name is None:
+        raise ValueError("--dataset_config_name needs a --dataset_name to go with, got none")
+    if not 0 < percentage < 100:
+        raise ValueError(f"--validation_split_percentage must lie between 0 and 100, got {percentage}")
 
 
 def load_splits(
