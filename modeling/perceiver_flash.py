@@ -56,6 +56,7 @@ class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     config: PerceiverFlashConfig
     _no_split_modules = ["PerceiverFlashLayer"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -516,14 +517,16 @@ class PerceiverFlashForCausalLM(OnLatents, CausalLMHead, PerceiverFlashPreTraine
         return causal
 
     def loss_of(self, logits: torch.Tensor, labels: torch.Tensor, outputs, **kwargs) -> torch.Tensor:
-        length, count = labels.shape[1], logits.shape[1]
-        labels, latent_mask = labels[:, -count:], outputs.latent_mask
+        targets, latent_mask = kwargs.pop("shift_labels", None), outputs.latent_mask
+        if targets is None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        own = targets[:, -logits.shape[1] :].contiguous()
         if latent_mask is not None:
-            # A latent in front of its row's window has nothing to learn from; labels move left by one in the loss.
-            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(latent_mask[:, :-1] == 0, -100)], dim=1)
-        if kwargs.get("shift_labels") is not None:
-            kwargs["shift_labels"] = kwargs["shift_labels"][:, -count:]
-        if kwargs.get("num_items_in_batch") is not None:
+            # A latent in front of its row's window has nothing to learn from.
+            own = own.masked_fill(latent_mask[:, -logits.shape[1] :] == 0, -100)
+        items = kwargs.pop("num_items_in_batch", None)
+        if items is not None:
             # Trainer counts the labels in front of the latents too.
-            kwargs["num_items_in_batch"] = kwargs["num_items_in_batch"] * count / length
-        return super().loss_of(logits, labels, outputs, **kwargs)
+            share = (own != -100).sum().clamp(min=1) / (targets != -100).sum().clamp(min=1)
+            kwargs["num_items_in_batch"] = items * share
+        return super().loss_of(logits, labels, outputs, shift_labels=own, **kwargs)

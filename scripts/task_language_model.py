@@ -3,9 +3,11 @@
 from dataclasses import dataclass, field
 
 import torch
+from datasets import Dataset
 from held_out_metrics import HeldOutMetrics, row_totals
 from text_data import (
     BlockCollator,
+    EvaluationBlocks,
     Objective,
     load_tokenizer,
     pack_for_evaluation,
@@ -23,13 +25,15 @@ class LanguageModel(TrainingTask):
     """What both have in common: blocks of running text, every held-out token scored once."""
 
     objective: Objective
+    encoder_decoder = False
     argument_classes = (TextArguments,)
     examples = "blocks"
     mlm_probability = 0.15
+    predicted_tokens: int | None = None
 
     @classmethod
     def accepts(cls, config):
-        return super().accepts(config) and not config.is_encoder_decoder
+        return super().accepts(config) and config.is_encoder_decoder == cls.encoder_decoder
 
     def check(self, config):
         self.block_size = resolve_block_size(config, self.arguments.of(TextArguments).block_size)
@@ -69,22 +73,31 @@ class LanguageModel(TrainingTask):
             tokenized = tokenize_documents(splits.train, processor, **options)
             train_blocks = pack_for_training(tokenized, self.block_size, max_samples=data.max_train_samples)
         if training.do_eval:
-            evaluation = pack_for_evaluation(
-                splits.validation,
-                processor,
-                self.block_size,
-                objective=self.objective,
-                mlm_probability=self.mlm_probability,
-                max_samples=data.max_eval_samples,
-                **options,
-            )
+            evaluation = self.pack_held_out(splits.validation, processor, data.max_eval_samples, options)
         return TaskData(
             train_dataset=train_blocks,
             eval_dataset=None if evaluation is None else evaluation.blocks,
             description=splits.description,
-            data_collator=BlockCollator(processor, self.objective, self.mlm_probability),
+            data_collator=self.collator(processor),
             compute_metrics=None if evaluation is None else HeldOutMetrics(self.objective, evaluation, processor),
             preprocess_logits_for_metrics=row_totals(self.objective),
+        )
+
+    def collator(self, processor):
+        """What batches blocks and makes their labels."""
+        return BlockCollator(processor, self.objective, self.mlm_probability)
+
+    def pack_held_out(self, documents: Dataset, processor, max_samples: int | None, options: dict) -> EvaluationBlocks:
+        """Held-out blocks, at most `max_samples`; `options` are those of `tokenize_documents`."""
+        return pack_for_evaluation(
+            documents,
+            processor,
+            self.block_size,
+            objective=self.objective,
+            mlm_probability=self.mlm_probability,
+            predicted_tokens=self.predicted_tokens,
+            max_samples=max_samples,
+            **options,
         )
 
     def training_arguments(self):
@@ -103,6 +116,7 @@ class CausalLanguageModel(LanguageModel):
     def prepare_model(self, model, processor):
         super().prepare_model(model, processor)
         require_causal(model)
+        self.predicted_tokens = count_predictions(model, self.block_size)
 
 
 @dataclass
@@ -130,6 +144,13 @@ class MaskedLanguageModel(LanguageModel):
     def check(self, config):
         super().check(config)
         self.mlm_probability = self.arguments.of(MaskedArguments).mlm_probability or self.mlm_probability
+
+
+@torch.no_grad()
+def count_predictions(model: PreTrainedModel, block_size: int) -> int:
+    """For how many positions of a block, its last, the model has logits: for all, unless it is a Perceiver AR."""
+    tokens = torch.zeros(1, block_size, dtype=torch.long, device=model.device)
+    return model(input_ids=tokens, use_cache=False).logits.shape[1]
 
 
 @torch.no_grad()

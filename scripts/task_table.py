@@ -2,7 +2,10 @@
 
 from dataclasses import dataclass, field
 
+from task_image_classification import ImageClassification
 from task_language_model import CausalLanguageModel, MaskedLanguageModel
+from task_sequence_to_sequence import SequenceToSequence
+from task_span_corruption import SpanCorruption
 from training_task import TrainingTask
 from transformers import PreTrainedConfig
 
@@ -11,6 +14,9 @@ from transformers import PreTrainedConfig
 TASKS: dict[str, type[TrainingTask]] = {
     "causal": CausalLanguageModel,
     "masked": MaskedLanguageModel,
+    "span_corruption": SpanCorruption,
+    "sequence_to_sequence": SequenceToSequence,
+    "image_classification": ImageClassification,
 }
 
 

@@ -5,7 +5,8 @@ compute goes into padding. The held-out side is cut so that **every token is sco
 per byte a property of the text and not of the block size:
 
 - causal: the stream starts with a separator, and each block repeats the last token of the one before it as context,
-  for the model predicts `block_size - 1` tokens of each block;
+  for the model predicts `block_size - 1` tokens of each block; where it predicts fewer (a Perceiver AR, whose latents
+  are the last positions of a block), blocks overlap by all that it does not predict;
 - masked: blocks do not overlap; which tokens are masked is drawn once, from a fixed seed;
 - the last block reaches back into text that is already scored (labels -100) rather than being padded.
 """
@@ -25,20 +26,23 @@ from transformers import (
 )
 
 
-Objective = Literal["causal", "masked"]
+Objective = Literal["causal", "masked", "span_corruption", "sequence_to_sequence"]
 
 # Python tokenisers build one object per token: pieces keep a document of any size from exhausting memory.
 PIECE_CHARACTERS = 1 << 18
 IGNORED_LABEL = -100
-EVALUATION_MASK_SEED = 0
+EVALUATION_SEED = 0
+CUT_MARGIN = 32  # tokens
 
 
 class EvaluationBlocks(NamedTuple):
-    """Held-out blocks with labels, how many labels are scored, and the UTF-8 bytes of the text they score."""
+    """Held-out blocks with labels, how many labels are scored, the UTF-8 bytes of the text, and, of span corruption,
+    how many tokens of it are hidden."""
 
     blocks: Dataset
     scored_tokens: int
     text_bytes: int
+    hidden_tokens: int | None = None
 
 
 def load_tokenizer(name: str | None, *, objective: Objective, trust_remote_code: bool = False, **kwargs):
@@ -90,6 +94,17 @@ def tokenize_text(tokenizer: PreTrainedTokenizerBase, text: str, *, parse_specia
         verbose=False,
     )
     return [token_id for piece in encoded["input_ids"] for token_id in piece]
+
+
+def first_tokens(tokenizer: PreTrainedTokenizerBase, text: str, count: int) -> list[int]:
+    """The first `count` tokens of a text, of which no more is read than it takes."""
+    length = 5 * count
+    while True:
+        token_ids = tokenize_text(tokenizer, text[:length])
+        # The cut may fall into a word: the last tokens are not those of the whole text.
+        if len(token_ids) >= count + CUT_MARGIN or length >= len(text):
+            return token_ids[:count]
+        length *= 2
 
 
 def tokenize_documents(
@@ -207,7 +222,7 @@ def limit_documents(
 
 def mask_once(windows: np.ndarray, scored: np.ndarray, tokenizer: PreTrainedTokenizerBase, mlm_probability: float):
     """Masks held-out blocks from a fixed seed, so that every evaluation asks the same questions."""
-    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_MASK_SEED)
+    collator = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability, seed=EVALUATION_SEED)
     special = np.isin(windows, tokenizer.all_special_ids) | ~scored
     batch = collator(
         [
@@ -225,13 +240,18 @@ def pack_for_evaluation(
     *,
     objective: Objective,
     mlm_probability: float = 0.15,
+    predicted_tokens: int | None = None,
     max_samples: int | None = None,
     parse_special_tokens: bool = False,
     num_proc: int | None = None,
 ) -> EvaluationBlocks:
-    """Held-out blocks in which every token is scored once (see the top of this file)."""
+    """Held-out blocks in which every token is scored once (see the top of this file).
+
+    Args:
+        predicted_tokens: how many positions of a block, its last, a causal model has logits for; None for all.
+    """
     causal = objective == "causal"
-    stride = block_size - 1 if causal else block_size
+    stride = (predicted_tokens or block_size) - 1 if causal else block_size
     if max_samples is not None:
         documents = limit_documents(
             documents, tokenizer, max_samples * stride, parse_special_tokens=parse_special_tokens
@@ -239,7 +259,9 @@ def pack_for_evaluation(
     tokenized = tokenize_documents(documents, tokenizer, parse_special_tokens=parse_special_tokens, num_proc=num_proc)
     stream = token_stream(tokenized)
     if causal:
-        stream = np.concatenate([np.array([separator_token_id(tokenizer)], stream.dtype), stream])
+        # The context of the first token that is scored: one separator, or as many as come before the predictions.
+        context = np.full(block_size - stride, separator_token_id(tokenizer), stream.dtype)
+        stream = np.concatenate([context, stream])
     windows, scored = scored_windows(stream, block_size, stride)
     if causal:
         inputs, labels = windows, np.where(scored, windows, IGNORED_LABEL).astype(np.int32)

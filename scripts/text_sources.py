@@ -51,15 +51,21 @@ def hash_fraction(name: str) -> float:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8"), digest_size=8).digest(), "big") / 2**64
 
 
-def split_by_name(documents: list[tuple[str, str]], percentage: float) -> tuple[Dataset, Dataset]:
-    """Holds out the documents whose name hashes below `percentage`: adding a file never moves another one."""
-    ranked = sorted(documents, key=lambda document: hash_fraction(document[0]))
-    held_out = {name for name, _ in ranked if hash_fraction(name) < percentage / 100}
+def hold_out_by_name(names: list[str], percentage: float) -> set[str]:
+    """The names that hash below `percentage`: adding a file never moves another one."""
+    ranked = sorted(names, key=hash_fraction)
+    held_out = {name for name in ranked if hash_fraction(name) < percentage / 100}
     # A handful of files may all hash to one side; each side needs at least one.
     if not held_out:
-        held_out = {ranked[0][0]}
+        held_out = {ranked[0]}
     elif len(held_out) == len(ranked):
-        held_out.remove(ranked[-1][0])
+        held_out.remove(ranked[-1])
+    return held_out
+
+
+def split_by_name(documents: list[tuple[str, str]], percentage: float) -> tuple[Dataset, Dataset]:
+    """Holds out whole documents, by their names."""
+    held_out = hold_out_by_name([name for name, _ in documents], percentage)
     train = [document for document in documents if document[0] not in held_out]
     validation = [document for document in documents if document[0] in held_out]
     return documents_dataset(train), documents_dataset(validation)
@@ -120,24 +126,27 @@ def folder_documents(folder: str) -> list[tuple[str, str]]:
     return [(path.relative_to(root).as_posix(), read_document(path)) for path in paths]
 
 
+def require_strings(rows: Dataset, column: str, argument: str, source: str) -> None:
+    if column not in rows.column_names:
+        raise ValueError(f"{argument} must be a column of {source}, got {column!r} of {rows.column_names}")
+    kind = rows.features[column]
+    if getattr(kind, "dtype", None) not in ("string", "large_string"):
+        raise ValueError(f"column {column!r} of {source} must hold strings, got {kind}")
+
+
 def keep_text(rows: Dataset, column: str, source: str) -> Dataset:
     """Reduces any dataset to name and text, without rows that hold none."""
-    if column not in rows.column_names:
-        raise ValueError(f"--text_column_name must be a column of {source}, got {column!r} of {rows.column_names}")
+    require_strings(rows, column, "--text_column_name", source)
     rows = rows.select_columns([column])
     if column != "text":
         rows = rows.rename_column(column, "text")
-    kind = rows.features["text"]
-    if getattr(kind, "dtype", None) not in ("string", "large_string"):
-        raise ValueError(f"column {column!r} of {source} must hold strings, got {kind}")
     rows = rows.filter(lambda texts: [bool(text) for text in texts], input_columns="text", batched=True)
     names = [f"{source}[{row}]" for row in range(len(rows))]
     return rows.add_column("name", names)
 
 
-def load_table(path: str, column: str) -> Dataset:
-    rows = load_dataset(TABLE_BUILDERS[Path(path).suffix.lower()], data_files=path, split="train")
-    return keep_text(rows, column, Path(path).name)
+def read_table(path: str) -> Dataset:
+    return load_dataset(TABLE_BUILDERS[Path(path).suffix.lower()], data_files=path, split="train")
 
 
 def split_rows(rows: Dataset, percentage: float, source: str) -> tuple[Dataset, Dataset]:
@@ -155,7 +164,7 @@ def from_files(train_file: str, validation_file: str | None, column: str, percen
 
     def rows_of(path: str) -> Dataset:
         if is_table(path):
-            return load_table(path, column)
+            return keep_text(read_table(path), column, Path(path).name)
         return documents_dataset([(Path(path).name, read_document(Path(path)))])
 
     for argument, path in (("--train_file", train_file), ("--validation_file", validation_file)):
@@ -173,19 +182,51 @@ def from_files(train_file: str, validation_file: str | None, column: str, percen
     return TextSplits(*splits, train_file)
 
 
-def from_dataset(name: str, configuration: str | None, column: str, percentage: float) -> TextSplits:
-    """A dataset by its Hub name, or a local path: one with a loader, files, or what `save_to_disk` wrote."""
+def load_dataset_splits(name: str, configuration: str | None) -> tuple[Dataset, Dataset | None, str]:
+    """Its training part, a held-out one if it has one, and what to call both.
+
+    `name` is a name on the Hub, or a local path: one with a loader, files, or what `save_to_disk` wrote.
+    """
     saved = os.path.isfile(os.path.join(name, "dataset_dict.json")) or os.path.isfile(os.path.join(name, "state.json"))
     data = load_from_disk(name) if saved else load_dataset(name, configuration)
     if not isinstance(data, DatasetDict):
         data = DatasetDict(train=data)
     if "train" not in data:
         raise ValueError(f"--dataset_name must have a 'train' split, got {sorted(data)} in {name!r}")
-    train = keep_text(data["train"], column, name)
     held_out = next((split for split in ("validation", "valid", "dev", "test") if split in data), None)
+    if held_out is None:
+        return data["train"], None, name
+    return data["train"], data[held_out], f"{name} (held out: its {held_out!r} split)"
+
+
+def from_dataset(name: str, configuration: str | None, column: str, percentage: float) -> TextSplits:
+    """The text of a dataset."""
+    train, held_out, description = load_dataset_splits(name, configuration)
+    train = keep_text(train, column, name)
     if held_out is not None:
-        return TextSplits(train, keep_text(data[held_out], column, name), f"{name} (held out: its {held_out!r} split)")
-    return TextSplits(*split_rows(train, percentage, name), name)
+        return TextSplits(train, keep_text(held_out, column, name), description)
+    return TextSplits(*split_rows(train, percentage, name), description)
+
+
+def check_sources(
+    sources: dict[str, str | None],
+    *,
+    train_file: str | None,
+    validation_file: str | None,
+    dataset_name: str | None,
+    dataset_config_name: str | None,
+    percentage: float,
+) -> None:
+    """Refuses sources of data, by argument, that do not go together."""
+    named = [argument for argument, value in sources.items() if value is not None]
+    if len(named) > 1:
+        raise ValueError(f"at most one of {', '.join(sources)} can be given, got {' and '.join(named)}")
+    if validation_file is not None and train_file is None:
+        raise ValueError("--validation_file needs a --train_file to go with, got none")
+    if dataset_config_name is not None and dataset_name is None:
+        raise ValueError("--dataset_config_name needs a --dataset_name to go with, got none")
+    if not 0 < percentage < 100:
+        raise ValueError(f"--validation_split_percentage must lie between 0 and 100, got {percentage}")
 
 
 def load_splits(
@@ -203,18 +244,14 @@ def load_splits(
     Raises:
         ValueError: more than one source, a missing path, a file that is not UTF-8, a missing text column, no text.
     """
-    sources = {"--train_file": train_file, "--text_folder": text_folder, "--dataset_name": dataset_name}
-    named = [argument for argument, value in sources.items() if value is not None]
-    if len(named) > 1:
-        raise ValueError(f"at most one of {', '.join(sources)} can be given, got {' and '.join(named)}")
-    if validation_file is not None and train_file is None:
-        raise ValueError("--validation_file needs a --train_file to go with, got none")
-    if dataset_config_name is not None and dataset_name is None:
-        raise ValueError("--dataset_config_name needs a --dataset_name to go with, got none")
-    if not 0 < validation_split_percentage < 100:
-        raise ValueError(
-            f"--validation_split_percentage must lie between 0 and 100, got {validation_split_percentage}"
-        )
+    check_sources(
+        {"--train_file": train_file, "--text_folder": text_folder, "--dataset_name": dataset_name},
+        train_file=train_file,
+        validation_file=validation_file,
+        dataset_name=dataset_name,
+        dataset_config_name=dataset_config_name,
+        percentage=validation_split_percentage,
+    )
     percentage = validation_split_percentage
     if train_file is not None:
         return from_files(train_file, validation_file, text_column_name, percentage)

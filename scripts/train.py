@@ -16,13 +16,14 @@ from pathlib import Path
 import datasets
 import torch
 import transformers
+from muon_adamw import MuonAdamW
 from output_folder import find_resume_point, remove_checkpoints, require_free, require_writable
 from task_table import TASKS, resolve_objective
-from train_arguments import OutputArguments
+from train_arguments import Arguments, OutputArguments
 from train_command_line import check_objective_arguments, parse_arguments
 from training_model import load_config, load_model, with_fields
 from training_task import TrainingTask
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
 from hf_efficient.model_card import WritesModelCard  # and registers our architectures with the Auto classes
 
@@ -58,6 +59,20 @@ def prepare_output(output: OutputArguments, training: TrainingArguments) -> str 
     if resume_point is not None:
         logger.info("resuming from %s", resume_point)
     return resume_point
+
+
+def make_optimizer(model: PreTrainedModel, arguments: Arguments) -> MuonAdamW | None:
+    """The optimizer that `Trainer` cannot make, or None for one of its own."""
+    matrix_lr, training = arguments.optimizer.matrix_learning_rate, arguments.training
+    if matrix_lr is None:
+        return None
+    return MuonAdamW(
+        model,
+        lr=training.learning_rate,
+        matrix_lr=matrix_lr,
+        weight_decay=training.weight_decay,
+        betas=(training.adam_beta1, training.adam_beta2),
+    )
 
 
 def save_result(trainer: Trainer) -> None:
@@ -134,6 +149,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
         data_collator=data.data_collator,
         compute_metrics=data.compute_metrics,
         preprocess_logits_for_metrics=data.preprocess_logits_for_metrics,
+        optimizers=(make_optimizer(model, parsed), None),
+        callbacks=list(data.callbacks),
     )
     metrics = {}
     if training.do_train:

@@ -99,6 +99,23 @@ class TextArguments:
 
 
 @dataclass
+class OptimizerArguments:
+    """What `TrainingArguments` has no name for."""
+
+    matrix_learning_rate: float | None = field(
+        default=None,
+        metadata={
+            "help": "Train the matrices between embedding and head with Muon at this rate (on AdamW's scale), and "
+            "everything else with AdamW at --learning_rate. A short training from scratch gets much further with it."
+        },
+    )
+
+    def __post_init__(self):
+        if self.matrix_learning_rate is not None and not self.matrix_learning_rate > 0:
+            raise ValueError(f"--matrix_learning_rate must be above 0, got {self.matrix_learning_rate}")
+
+
+@dataclass
 class OutputArguments:
     """What `TrainingArguments` no longer holds since transformers 5."""
 
@@ -115,6 +132,7 @@ class Arguments:
     objective: str | None
     model: ModelArguments
     data: DataArguments
+    optimizer: OptimizerArguments
     output: OutputArguments
     training: Seq2SeqTrainingArguments
     of_tasks: tuple[object, ...]

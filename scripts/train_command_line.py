@@ -8,7 +8,7 @@ from pathlib import Path
 
 import yaml
 from task_table import TASKS, ObjectiveArguments, task_argument_classes
-from train_arguments import Arguments, DataArguments, ModelArguments, OutputArguments
+from train_arguments import Arguments, DataArguments, ModelArguments, OptimizerArguments, OutputArguments
 from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 from transformers.integrations import is_tensorboard_available, is_trackio_available
 
@@ -41,8 +41,10 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     """Reads the command line, or the JSON or YAML file that is its only word."""
     arguments = sys.argv[1:] if arguments is None else arguments
     parser = HfArgumentParser(
-        [ObjectiveArguments, ModelArguments, DataArguments, OutputArguments, Seq2SeqTrainingArguments]
-        + task_argument_classes()
+        [
+            *(ObjectiveArguments, ModelArguments, DataArguments, OptimizerArguments, OutputArguments),
+            *(Seq2SeqTrainingArguments, *task_argument_classes()),
+        ]
     )
     defaults = {"report_to": installed_trackers()}
     if len(arguments) == 1 and Path(arguments[0]).suffix in (".json", ".yaml", ".yml"):
@@ -50,8 +52,8 @@ def parse_arguments(arguments: list[str] | None = None) -> Arguments:
     else:
         parser.set_defaults(**defaults)
         parsed = parser.parse_args_into_dataclasses(arguments)
-    objective, model, data, output, training, *of_tasks = parsed
-    result = Arguments(objective.objective, model, data, output, training, tuple(of_tasks))
+    objective, model, data, optimizer, output, training, *of_tasks = parsed
+    result = Arguments(objective.objective, model, data, optimizer, output, training, tuple(of_tasks))
     check_arguments(result)
     return result
 

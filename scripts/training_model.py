@@ -164,3 +164,11 @@ def fit_vocabulary(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *
     if not from_checkpoint:
         raise ValueError(f"vocab_size must be at least the tokenizer's {len(tokenizer)} tokens, got {size}")
     model.resize_token_embeddings(len(tokenizer))
+
+
+def set_decoder_start(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Where nothing says how a decoder starts, it starts as T5's: with the token for padding."""
+    if getattr(model.config, "decoder_start_token_id", None) is None:
+        model.config.decoder_start_token_id = tokenizer.pad_token_id
+    if model.generation_config.decoder_start_token_id is None:
+        model.generation_config.decoder_start_token_id = model.config.decoder_start_token_id

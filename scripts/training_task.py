@@ -10,7 +10,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from datasets import Dataset
 from train_arguments import Arguments
-from transformers import PreTrainedConfig, PreTrainedModel, Trainer
+from transformers import PreTrainedConfig, PreTrainedModel, Trainer, TrainerCallback
 
 
 class TaskData(NamedTuple):
@@ -27,6 +27,7 @@ class TaskData(NamedTuple):
     data_collator: Callable[[list], dict]
     compute_metrics: Callable[..., dict[str, float]] | None = None
     preprocess_logits_for_metrics: Callable[..., Any] | None = None
+    callbacks: tuple[TrainerCallback, ...] = ()
 
 
 class TrainingTask(ABC):

@@ -143,6 +143,13 @@ def test_bytes_are_bytes_even_where_the_text_spells_a_special_token(byte_tokeniz
     assert parsed.count(byte_tokenizer.eos_token_id) == 9
 
 
+def test_first_tokens_are_those_of_the_whole_text(byte_tokenizer):
+    text = "naïve words, and " * 40
+    whole = text_data.tokenize_text(byte_tokenizer, text)
+    for count in (1, 5, 100, len(whole), len(whole) + 9):
+        assert text_data.first_tokens(byte_tokenizer, text, count) == whole[:count]
+
+
 @pytest.mark.parametrize("text", ["", "short", "a\n" * 50, "x" * 95, "line\n" + "y" * 40, "é🙂" * 40])
 def test_pieces_join_to_the_text(text):
     pieces = text_data.pieces_of(text, limit=10)

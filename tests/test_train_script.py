@@ -195,7 +195,6 @@ def test_trainer_flags(flags, corpus, tmp_path):
         ("--do_train --model_type gpt2 --model_name_or_path x", "exclude each other, got both"),
         ("--do_train --model_type gpt2 --config_name x", "exclude each other, got both"),
         ("--do_train --model_type preformer", "known to AutoConfig, got 'preformer'; near: .*performer"),
-        ("--do_train --model_type t5", "encoder-decoder 't5'"),
         ("--do_train --model_type gpt2 --objective masked", "'gpt2' has a head for .*got 'masked'"),
         ("--do_train --model_type bert --objective causal", "does not look ahead, got BertLMHeadModel"),
         ("--do_train --model_type gpt2 --mlm_probability 0.1", "belongs to --objective masked, got it with .* causal"),
