@@ -5,6 +5,7 @@ Every way of saving in transformers (`model.save_pretrained`, `push_to_hub`, a `
 one override is the whole hook.
 """
 
+import filecmp
 import importlib
 import os
 import re
@@ -49,7 +50,7 @@ def _share_with_output_folder(checkpoint) -> None:
     """
     for name in os.listdir(checkpoint):
         source, target = (os.path.join(folder, name) for folder in (checkpoint, os.path.join(checkpoint, os.pardir)))
-        if name.endswith(".py"):
+        if name.endswith(".py") and not (os.path.exists(target) and filecmp.cmp(source, target, shallow=False)):
             shutil.copyfile(source, f"{target}.new")
             os.replace(f"{target}.new", target)
         elif name == "README.md":

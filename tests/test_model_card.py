@@ -25,7 +25,9 @@ def test_every_saved_head_has_a_card_that_is_valid_and_its_own(model_type, auto_
     assert card.data.library_name == "transformers" and {"hf_efficient", model_type, "custom_code"} <= {
         *card.data.tags
     }
-    without_pipeline = dict.fromkeys(("text2text-generation", "time-series-forecasting"), {"pt": ()})
+    without_pipeline = dict.fromkeys(
+        ("question-answering", "text2text-generation", "time-series-forecasting"), {"pt": ()}
+    )
     tasks = transformers.pipelines.SUPPORTED_TASKS | without_pipeline
     assert card.data.pipeline_tag in tasks
     classes = [found.__name__ for found in tasks[card.data.pipeline_tag]["pt"]]
