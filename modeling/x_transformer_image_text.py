@@ -156,8 +156,8 @@ class XTransformerImageTextModel(XTransformerEncoderDecoderModel):
 class XTransformerForImageTextToText(ScaledLogits, Seq2SeqLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """Writes text about images: a captioner, or an answer to a text and an image (`config.image_fusion`)."""
 
-    main_input_name = "pixel_values"
     body_class = XTransformerImageTextModel
+    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     output_modalities = ("text",)
 
