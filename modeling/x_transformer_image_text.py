@@ -35,6 +35,7 @@ class XTransformerImageTextEncoder(XTransformerModel):
         self.vision_tower = XTransformerImageEncoder(image_config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -151,6 +152,7 @@ class XTransformerImageTextModel(XTransformerEncoderDecoderModel):
 class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixin):
     """Writes text about images: a captioner, or an answer to a text and an image (`config.image_fusion`)."""
 
+    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     output_modalities = ("text",)
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
@@ -160,8 +162,8 @@ class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixi
         super().__init__(config)
         self.model = XTransformerImageTextModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        if config.image_fusion == "cross_attention":
-            self.main_input_name = "pixel_values"
+        if config.image_fusion == "prepended":
+            self.main_input_name = "input_ids"
         self.post_init()
 
     @can_return_tuple

@@ -26,6 +26,9 @@ TITLES = {
     "flash_attention_softcap": "Causal softmax attention with a soft clamp",
     "flash_attention_window": "Softmax attention in a window of ±127",
     "soft_topk": "Soft top-k",
+    "perceiver_flash_features": "Perceiver over features",
+    "perceiver_flash_language": "language-perceiver, logits of all inputs",
+    "perceiver_flash_chunks": "Cross-attention in chunks, whole model",
 }
 
 
