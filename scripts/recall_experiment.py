@@ -12,11 +12,13 @@ data, and a training that begins with 32 tokens, all of which are routed, and do
 a length are solved (97 %), or after a number of steps; the last stage, of 4,096 tokens, always has all its steps.
 
 Each finished run appends its rows to docs/benchmarks/colt5_recall.csv, and what it routed in the first held-out
-sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on.
+sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on,
+and several processes can share the runs (`--seeds`, `--routing`).
 """
 
 import argparse
 import csv
+import fcntl
 import io
 import os
 from pathlib import Path
@@ -165,15 +167,20 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def append_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """The file with more rows, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*read_rows(path), *rows])
+    """The file with more rows, whole or not at all; several processes may add theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue())
-    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*read_rows(path), *rows])
+        partial = path.with_suffix(".partial")
+        partial.write_text(text.getvalue())
+        os.replace(partial, path)
+    finally:
+        os.close(folder)  # and with it goes the lock
 
 
 def main(argv: list[str] | None = None, stages=STAGES) -> list[dict]:
