@@ -29,7 +29,8 @@ def test_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     printed = run_python(
         "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--only", "causal", "generate", "decode", "flash", "topk", "--output", output),
+        *("--quick", "--threads", 1, "--output", output, "--only", "causal", "generate", "decode", "flash", "topk"),
+        *("perceiver", "perceiver-chunks", "perceiver-language"),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
@@ -40,6 +41,10 @@ def test_quick_run(tmp_path):
     for option, provider in (("alibi", "ours"), ("t5", "sdpa-bias"), ("softcap", "dense"), ("window", "sdpa-plain")):
         assert (f"flash_attention_{option}", provider, "forward+backward", 128) in found
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
+    for provider in ("ours", "ours-chunked", "transformers", "ours-converted"):
+        assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
+    assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
+    assert ("perceiver_flash_chunks", "ours-chunked", "forward+backward", 128) in found
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
         assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date
