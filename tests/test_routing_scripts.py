@@ -102,13 +102,13 @@ def read(path):
 
 def test_recall_bookkeeping(tmp_path, capsys):
     """A few steps of both runs; a second call finds them done, another seed is added."""
-    stages, words = ((32, 2), (64, 2)), ["--folder", str(tmp_path)]
+    stages, words = ((32, 2, 1e-3), (64, 2, 1e-3)), ["--folder", str(tmp_path)]
     recall_experiment.main(["--seeds", "0", *words], stages)
     table, positions = (read(tmp_path / name) for name in recall_experiment.FILES)
     assert [(row["routing"], row["step"], row["length"], row["final"]) for row in table] == [
         (routing, *rest)
         for routing in ("learned", "static")
-        for rest in (("1", "32", "0"), ("2", "32", "0"), ("3", "64", "0"), ("4", "64", "0"), ("4", "64", "1"))
+        for rest in (("2", "32", "0"), ("4", "64", "0"), ("4", "64", "1"))
     ]
     assert all(0 <= float(row["accuracy"]) <= 1 for row in table)
     assert all(row["needle_routed"] == "1.0000" for row in table if row["length"] == "32")  # everything is routed
@@ -121,7 +121,11 @@ def test_recall_bookkeeping(tmp_path, capsys):
     capsys.readouterr()
     recall_experiment.main(["--seeds", "0", "1", "--routing", "static", *words], stages)
     assert capsys.readouterr().out.startswith("static routing, seed 1: accuracy 0.")
-    assert len(read(tmp_path / "colt5_recall.csv")) == 15
+    assert len(read(tmp_path / "colt5_recall.csv")) == 9
+    curves = recall_figure.accuracy_curves(read(tmp_path / "colt5_recall.csv"))
+    finals = [float(row["accuracy"]) for row in read(tmp_path / "colt5_recall.csv") if row["final"] == "1"]
+    assert [length for length, *_ in curves["static"]] == [32, 64]
+    assert curves["learned"][1][1:] == (finals[0],) * 3 and curves["static"][1][3] == max(finals[1:])
     recall_figure.main([*words, "--figure", str(tmp_path / "figure.png")])
     assert (tmp_path / "figure.png").read_bytes().startswith(b"\x89PNG")
 
