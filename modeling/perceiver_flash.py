@@ -59,6 +59,7 @@ class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     _no_split_modules = ["PerceiverFlashLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
+    _supports_flash_attn = True
     _supports_flex_attn = True
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -556,14 +557,17 @@ class PerceiverFlashForCausalLM(PerceiverFlashPreTrainedModel, GenerationMixin):
         )
 
     def _loss(self, logits, labels, latent_mask, kwargs):
-        length, count = labels.shape[1], logits.shape[1]
-        labels = labels[:, -count:]
+        targets = kwargs.pop("shift_labels", None)
+        if targets is None:
+            targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+        own = targets[:, -logits.shape[1] :].contiguous()
         if latent_mask is not None:
-            # A latent in front of its row's window has nothing to learn from; labels move left by one in the loss.
-            labels = torch.cat([labels[:, :1], labels[:, 1:].masked_fill(latent_mask[:, :-1] == 0, -100)], dim=1)
-        if kwargs.get("shift_labels") is not None:
-            kwargs = kwargs | {"shift_labels": kwargs["shift_labels"][:, -count:]}
-        if kwargs.get("num_items_in_batch") is not None:
+            # A latent in front of its row's window has nothing to learn from.
+            own = own.masked_fill(latent_mask[:, -logits.shape[1] :] == 0, -100)
+        items = kwargs.pop("num_items_in_batch", None)
+        if items is not None:
             # Trainer counts the labels in front of the latents too.
-            kwargs = kwargs | {"num_items_in_batch": kwargs["num_items_in_batch"] * count / length}
-        return self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
+            share = (own != -100).sum().clamp(min=1) / (targets != -100).sum().clamp(min=1)
+            kwargs["num_items_in_batch"] = items * share
+        size = self.config.vocab_size
+        return self.loss_function(logits=logits, labels=labels, vocab_size=size, shift_labels=own, **kwargs)

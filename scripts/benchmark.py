@@ -7,7 +7,7 @@
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
 All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/: performer.csv,
-flash_attention.csv, soft_topk.csv, colt5.csv, and gpu.csv for those of a GPU.
+flash_attention.csv, soft_topk.csv, perceiver_flash.csv, colt5.csv, and gpu.csv for those of a GPU.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -41,14 +41,21 @@ PARTS = {
     "flash": ["flash_attention"],
     "topk": ["soft_topk"],
     "colt5": ["colt5"],
+    "perceiver": ["perceiver_flash"],
+    "perceiver-chunks": ["perceiver_flash"],
+    "perceiver-language": ["perceiver_flash"],
 }
 FOLDER = ROOT / "docs/benchmarks"
-OPERATION_FILES = ("flash_attention", "soft_topk", "colt5")  # rows whose names begin so have a file of that name
+# Rows whose names begin so have a file of that name.
+OPERATION_FILES = ("flash_attention", "soft_topk", "perceiver_flash", "colt5")
 OTHER_FILE = "performer"
 GPU_LENGTHS = (2048, 4096, 8192, 16384)
 FLASH_LENGTHS = (2048, 4096, 8192)
 TOPK_LENGTHS = (32768, 262144, 1048576)
 LAYER_LENGTHS = (4096, 16384, 65536)
+PERCEIVER_LENGTHS = (4096, 16384, 65536)
+LANGUAGE_LENGTHS = (2048, 8192, 32768)
+CHUNKED_LENGTH, MILLION = 131072, 1048576
 KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
 # Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
@@ -145,12 +152,31 @@ def measure(arguments) -> list[Row]:
                 collect(measure_layer_operations(length))
             if max(arguments.layer_lengths) == max(LAYER_LENGTHS):
                 collect(measure_base(max(LAYER_LENGTHS)))
+        measure_perceivers(arguments, collect)
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
         if "decode" in arguments.only:
             collect(measure_decoding(arguments.contexts, arguments.repeats))
     return rows
+
+
+def measure_perceivers(arguments, collect) -> None:
+    """The rows of PerceiverFlash, which run under the default setting only."""
+    from benchmark_perceiver import measure_chunks, measure_features, measure_language
+
+    quick, repeats = arguments.quick, arguments.repeats
+    if "perceiver" in arguments.only:
+        for length in arguments.lengths if quick else PERCEIVER_LENGTHS:
+            collect(measure_features(length, repeats, peers=not quick))
+    if "perceiver-chunks" in arguments.only:
+        collect(measure_chunks(max(arguments.lengths) if quick else CHUNKED_LENGTH, repeats))
+        if not quick:
+            collect(measure_features(4 * max(PERCEIVER_LENGTHS), 1, only="ours-chunked"))
+            collect(measure_chunks(MILLION, 1, whole=False))
+    if "perceiver-language" in arguments.only:
+        for length in arguments.lengths if quick else LANGUAGE_LENGTHS:
+            collect(measure_language(length, repeats, quick))
 
 
 def run_setting(setting: str, partial: Path) -> list[Row]:

@@ -16,6 +16,10 @@ TESTS = {
     "flash_attention": ["tests/test_flash_attention*.py"],
     "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
     "colt5": ["tests/test_routed_block*.py", "tests/test_row_blocks.py", "tests/test_flash_attention_band.py"],
+    "perceiver_flash": [
+        *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),
+        *("tests/test_flash_attention_parts.py", "tests/test_conversion_perceiver.py"),
+    ],
 }
 QUICK_TESTS = {
     "linear_attention": [
@@ -24,6 +28,7 @@ QUICK_TESTS = {
     ],
     "performer": [],
     "colt5": ["tests/test_routed_blocks.py::test_feed_forward_is_the_formula"],
+    "perceiver_flash": ["tests/test_flash_attention_parts.py::test_parts_equal_the_whole"],
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }

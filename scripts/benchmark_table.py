@@ -29,6 +29,9 @@ TITLES = {
     "colt5_layer": "A layer of CoLT5 and of what it stands in for",
     "colt5_base_encoder": "The encoder of CoLT5's Base",
     "colt5_paper_layer": "The layer of the paper's formula",
+    "perceiver_flash_features": "Perceiver over features",
+    "perceiver_flash_language": "language-perceiver, logits of all inputs",
+    "perceiver_flash_chunks": "Cross-attention in chunks, whole model",
 }
 
 

@@ -22,7 +22,10 @@ benchmark = load_script("benchmark")
 benchmark_gpu = load_script("benchmark_gpu")
 
 
-PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
+PARTS = (
+    *("causal", "generate", "decode", "flash", "topk", "colt5"),
+    *("perceiver", "perceiver-chunks", "perceiver-language"),
+)
 
 
 def make_row(name, provider, mode, length, median, **fields):
@@ -33,7 +36,7 @@ def test_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     printed = run_python(
         "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--only", *PARTS, "--output", output),
+        *("--quick", "--threads", 1, "--output", output, "--only", *PARTS),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
@@ -46,6 +49,10 @@ def test_quick_run(tmp_path):
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
     for provider in ("ours", "ours-peer-widths", "dense-sdpa"):
         assert ("colt5_layer", provider, "forward+backward", 128) in found
+    for provider in ("ours", "ours-chunked", "transformers", "ours-converted"):
+        assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
+    assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
+    assert ("perceiver_flash_chunks", "ours-chunked", "forward+backward", 128) in found
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
         assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date

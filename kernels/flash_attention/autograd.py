@@ -167,3 +167,11 @@ def attend(operands: Operands, options: Options, backend: str) -> tuple[Tensor, 
         with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
             output, lse = _passes(backend)[0](operands, options)
     return output, lse.to(torch.promote_types(query.dtype, torch.float32))
+
+
+def gradients(
+    operands: Operands, options: Options, output: Tensor, lse: Tensor, grad_output: Tensor, backend: str
+) -> Gradients:
+    """Gradients of an output that is given, not computed; itself not differentiable."""
+    with torch.no_grad(), torch.autocast(operands.query.device.type, enabled=False):
+        return _passes(backend)[1](operands, options, output, lse, grad_output, None, Wanted(False, False))
