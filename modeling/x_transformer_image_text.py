@@ -39,6 +39,7 @@ class XTransformerImageTextEncoder(XTransformerModel):
         self.vision_tower = XTransformerImageEncoder(image_config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -156,13 +157,14 @@ class XTransformerForImageTextToText(ScaledLogits, Seq2SeqLMHead, XTransformerPr
     """Writes text about images: a captioner, or an answer to a text and an image (`config.image_fusion`)."""
 
     body_class = XTransformerImageTextModel
+    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     output_modalities = ("text",)
 
     def add_head(self, config: XTransformerConfig) -> None:
         super().add_head(config)
-        if config.image_fusion == "cross_attention":
-            self.main_input_name = "pixel_values"
+        if config.image_fusion == "prepended":
+            self.main_input_name = "input_ids"
 
     def forward(
         self,

@@ -80,16 +80,26 @@ class XTransformerImageEncoder(XTransformerModel):
         config.check_image_encoder()
         return XTransformerImageEmbeddings(config), Unchanged()
 
+    @can_return_tuple
     # Not called `kwargs`: an encoder with those is given all that `generate` was given, the decoder's ids as well.
-    def forward(self, pixel_values: torch.Tensor, **options: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **options: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """Normed hidden states `[B, patches, hidden_size]`, without the registers.
 
         Args:
             pixel_values: `[B, num_channels, height, width]`, floating point; `patch_size` divides height and width.
+            output_attentions, output_hidden_states: as everywhere in transformers.
 
         Raises:
             ValueError: another shape or dtype.
         """
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        options |= {name: wish for name, wish in recorded.items() if wish is not None}
         registers = self.config.num_register_tokens
         outputs = super().forward(inputs_embeds=self.embed_tokens(pixel_values), **options)
         hidden_states = outputs.last_hidden_state
