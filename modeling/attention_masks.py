@@ -33,6 +33,11 @@ class AttentionMask(NamedTuple):
     sighted: torch.Tensor | None
 
 
+def is_flash_attention(implementation: str) -> bool:
+    """Whether it is a function of the flash-attn package (or of the Hub), which takes packed rows and no mask."""
+    return "flash" in implementation
+
+
 def make_attention_mask(
     implementation: str,
     key_mask: torch.Tensor | None,
@@ -51,7 +56,7 @@ def make_attention_mask(
     causal = causal and queries > 1  # the last row sees all keys
     if key_mask is not None:
         key_mask = key_mask.to(torch.bool)
-    if implementation == KERNEL_ATTENTION:
+    if implementation == KERNEL_ATTENTION or is_flash_attention(implementation):
         return AttentionMask(key_mask, causal, None)
     if implementation == "sdpa" and key_mask is None and (not causal or queries == keys):
         return AttentionMask(None, causal, None)

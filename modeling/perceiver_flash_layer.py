@@ -7,10 +7,11 @@ from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from .attention_masks import AttentionMask, eager_attention
+from .attention_masks import AttentionMask, eager_attention, is_flash_attention
 from .feed_forward import FeedForward
+from .packed_attention import attend_packed
 from .rotary import apply_rotary
-from .streamed_attention import ContextChunk, split_context, streamed_attention
+from .streamed_attention import ContextChunk, chunked_attention, streamed_attention
 
 
 # The cosines and sines of `rotary_tables`.
@@ -52,6 +53,11 @@ class PerceiverFlashAttention(nn.Module):
         self.v_proj = nn.Linear(context_size, values, bias=bias)
         self.o_proj = nn.Linear(values, block.hidden_size)
 
+    @property
+    def dropout(self) -> float:
+        """Probability of dropping a weight now."""
+        return self.attention_dropout if self.training else 0.0
+
     def project_query(self, hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """`[B, N, C]` to `[B, H, N, D]`."""
         return turn(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotary)
@@ -78,17 +84,11 @@ class PerceiverFlashAttention(nn.Module):
         if layer_past is not None:
             key, value = layer_past.update(key, value)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
-        attended, weights = attend(
-            self,
-            query,
-            key,
-            value,
-            attention_mask.mask,
-            dropout=self.attention_dropout if self.training else 0.0,
-            scaling=self.scaling,
-            is_causal=attention_mask.is_causal,
-            **kwargs,
-        )
+        kwargs |= {"dropout": self.dropout, "scaling": self.scaling, "is_causal": attention_mask.is_causal}
+        if attention_mask.mask is not None and is_flash_attention(self.config._attn_implementation):
+            attended = attend_packed(attend, self, query, key, value, attention_mask.mask, **kwargs)
+            return self.o_proj(attended.flatten(2)), None
+        attended, weights = attend(self, query, key, value, attention_mask.mask, **kwargs)
         if attention_mask.sighted is not None:
             attended = attended * attention_mask.sighted.to(attended.dtype)
         # Only eager attention gives weights: what flex attention returns beside its output is something else.
@@ -134,8 +134,20 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
             kwargs: what else `PerceiverFlashAttention.forward` reads, among it the mask without `chunk_size`.
         """
         if chunk_size is not None:
-            chunks = split_context(context, chunk_size, key_mask, key_rotary, hidden_states.shape[1] if causal else 0)
-            return self.stream(hidden_states, chunks, query_rotary)
+            attention = self.attention
+            attended = chunked_attention(
+                attention.project_query(self.attention_norm(hidden_states), query_rotary),
+                context,
+                chunk_size,
+                key_mask,
+                key_rotary,
+                hidden_states.shape[1] if causal else 0,
+                self._project,
+                [*self.context_norm.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()],
+                attention.scaling,
+                attention.dropout,
+            )
+            return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
         inputs = self.attention_norm(hidden_states)
         context = inputs if context is None else self.context_norm(context)
         rotary = {"query_rotary": query_rotary, "key_rotary": key_rotary}
@@ -144,17 +156,14 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
     def stream(
         self, hidden_states: torch.Tensor, chunks: Iterable[ContextChunk], query_rotary: Rotary = None
     ) -> torch.Tensor:
-        """As `forward`, with a context that comes in chunks: a sequence of them, or without gradients any iterable."""
+        """As `forward`, with a context that comes in chunks, which are read once; without gradients."""
         attention = self.attention
         query = attention.project_query(self.attention_norm(hidden_states), query_rotary)
-
-        def project(context, rotary):
-            return attention.project_context(self.context_norm(context), rotary)
-
-        parameters = [*self.context_norm.parameters(), *attention.k_proj.parameters(), *attention.v_proj.parameters()]
-        dropout = attention.attention_dropout if self.training else 0.0
-        attended = streamed_attention(query, chunks, project, parameters, attention.scaling, dropout)
+        attended = streamed_attention(query, chunks, self._project, attention.scaling, attention.dropout)
         return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
+
+    def _project(self, context, rotary):
+        return self.attention.project_context(self.context_norm(context), rotary)
 
     def _finish(self, hidden_states, update):
         hidden_states = hidden_states + update if self.query_residual else update

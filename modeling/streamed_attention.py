@@ -1,12 +1,11 @@
 """Attention to a context that never exists as keys and values all at once.
 
 The context comes in chunks. Each is projected, attended to and forgotten; the partial results are merged by their
-log-sum-exp (arXiv 2205.14135, section 3.1). The backward pass goes through the chunks again: with
-`out = Σ_c w_c out_c`, `w_c = exp(lse_c - lse)`, the chunk c gets the gradients
+log-sum-exp (arXiv 2205.14135, section 3.1). The backward pass projects each chunk again and needs nothing else of the
+forward pass than the merged output and its log-sum-exp (`part_gradients`), so that memory beside the context, its
+gradient and the result is that of one chunk.
 
-    d out_c = w_c · d out            d lse_c = w_c · (d out · (out_c - out))
-
-so that memory beside the context, its gradient and the result is that of one chunk.
+`torch.compile` sees plain operations instead, one checkpoint for each chunk, and so has the same memory.
 """
 
 from collections.abc import Callable, Iterable, Sequence
@@ -15,8 +14,9 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ..kernels.flash_attention import flash_attention, merge_attention
+from ..kernels.flash_attention import flash_attention, merge_attention, part_gradients
 
 
 class ContextChunk(NamedTuple):
@@ -37,6 +37,30 @@ class ContextChunk(NamedTuple):
 
 # Makes keys `[B, H, K, D]` and values `[B, H, K, V]` of a context and the `rotary` of its chunk.
 Project = Callable[[Tensor, object], tuple[Tensor, Tensor]]
+
+
+class Scores(NamedTuple):
+    """Factor of the scores, probability of dropping a weight, and the seed `[1]` of the first chunk or None."""
+
+    scale: float
+    dropout: float
+    seed: Tensor | None
+
+    def of(self, index: int, chunk: ContextChunk) -> dict:
+        """The arguments that attention to this chunk has beside its tensors, forward and backward."""
+        return {
+            "scale": self.scale,
+            "causal": chunk.causal,
+            "key_mask": chunk.key_mask,
+            "dropout_p": self.dropout,
+            "dropout_seed": None if self.seed is None else self.seed + index,
+        }
+
+
+def make_scores(scale: float, dropout: float, device: torch.device) -> Scores:
+    """`Scores` with a seed of their own where weights are dropped."""
+    # A tensor, so that checkpointing, which restores the generator, drops the same weights again.
+    return Scores(scale, dropout, torch.randint(2**62, (1,), device=device) if dropout else None)
 
 
 def split_context(
@@ -60,76 +84,76 @@ def split_context(
 
 
 def streamed_attention(
-    query: Tensor,
-    chunks: Iterable[ContextChunk],
-    project: Project,
-    parameters: Sequence[Tensor],
-    scaling: float,
-    dropout: float = 0.0,
+    query: Tensor, chunks: Iterable[ContextChunk], project: Project, scale: float, dropout: float = 0.0
 ) -> Tensor:
-    """Softmax attention of `query` `[B, H, N, D]` to all chunks: `[B, H, N, V]`, zeros where a row sees nothing.
+    """Softmax attention of `query` `[B, H, N, D]` to chunks that are read once, each forgotten before the next.
 
-    Args:
-        chunks: any iterable without gradients; a sequence with them.
-        project: a function of the context and `parameters` alone.
-        parameters: what `project` reads and may need a gradient.
-        scaling: factor of the scores.
-        dropout: probability of dropping a weight; the same weights are dropped in the backward pass.
+    Returns `[B, H, N, V]`, zeros where a row sees nothing.
 
     Raises:
-        ValueError: no chunk at all, or an iterator where gradients are wanted.
+        ValueError: no chunk at all, or gradients are wanted, for which the chunks would be read again.
     """
-    # A tensor, so that checkpointing, which restores the generator, drops the same weights again.
-    seed = torch.randint(2**62, (1,), device=query.device) if dropout else None
-    needs_gradient = torch.is_grad_enabled()
-    if not isinstance(chunks, Sequence):
-        if needs_gradient:
-            raise ValueError("an iterator of inputs can be read once, so it needs torch.no_grad(), got gradients on")
-        return _forward(query, chunks, project, scaling, dropout, seed)[0]
-    if not needs_gradient:
-        return _forward(query, chunks, project, scaling, dropout, seed)[0]
-    if not chunks:
-        raise ValueError("the input must hold at least one chunk, got none")
-    contexts = [chunk.context for chunk in chunks]
-    rest = [chunk._replace(context=None) for chunk in chunks]
-    return _StreamedAttention.apply(query, rest, project, scaling, dropout, seed, *contexts, *parameters)
+    if torch.is_grad_enabled():
+        raise ValueError("an iterator of inputs can be read once, so it needs torch.no_grad(), got gradients on")
+    return _forward(query, chunks, project, make_scores(scale, dropout, query.device))[0]
 
 
-def _attend(query, chunk, project, scaling, dropout, seed, index):
-    """Output and lse of one chunk."""
+def chunked_attention(
+    query: Tensor,
+    context: Tensor,
+    size: int,
+    key_mask: Tensor | None,
+    rotary: tuple[Tensor, Tensor] | None,
+    causal_length: int,
+    project: Project,
+    parameters: Sequence[Tensor],
+    scale: float,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Softmax attention of `query` `[B, H, N, D]` to `context` `[B, K, C]`, `size` positions of it at a time.
+
+    Args:
+        key_mask, rotary, causal_length: as for `split_context`.
+        project: a function of the context and `parameters` alone.
+        parameters: what `project` reads and may need a gradient.
+        scale: factor of the scores.
+        dropout: probability of dropping a weight; the same weights are dropped in the backward pass.
+
+    Returns:
+        `[B, H, N, V]`, zeros where a row sees nothing.
+    """
+    scores = make_scores(scale, dropout, query.device)
+    cut = (size, key_mask, rotary, causal_length)
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        return _ChunkedAttention.apply(query, context, cut, project, scores, *parameters)
+    recomputed = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+    return _forward(query, split_context(context, *cut), project, scores, recomputed)[0]
+
+
+def _attend(query, chunk, project, arguments):
+    """Output and lse of one chunk. Merged in the precision of the lse: a rounding more for each would add up."""
     key, value = project(chunk.context, chunk.rotary)
-    return flash_attention(
-        query,
-        key,
-        value,
-        scale=scaling,
-        causal=chunk.causal,
-        key_mask=chunk.key_mask,
-        dropout_p=dropout,
-        dropout_seed=None if seed is None else seed + index,
-        return_lse=True,
-    )
+    output, lse = flash_attention(query, key, value, return_lse=True, **arguments)
+    return output.to(lse.dtype), lse
 
 
-def _forward(query, chunks, project, scaling, dropout, seed):
+def _forward(query, chunks, project, scores, recomputed=False):
     output = lse = None
     for index, chunk in enumerate(chunks):
-        part, part_lse = _attend(query, chunk, project, scaling, dropout, seed, index)
-        # Merged in the precision of the lse: each rounding to a low dtype would be one more error per chunk.
-        part = part.to(part_lse.dtype)
-        output, lse = (part, part_lse) if output is None else merge_attention((output, part), (lse, part_lse))
+        arguments = (query, chunk, project, scores.of(index, chunk))
+        part = checkpoint(_attend, *arguments, use_reentrant=False) if recomputed else _attend(*arguments)
+        output, lse = part if output is None else merge_attention((output, part[0]), (lse, part[1]))
     if output is None:
         raise ValueError("the input must hold at least one chunk, got none")
     return output.to(query.dtype), lse
 
 
-class _StreamedAttention(torch.autograd.Function):
+class _ChunkedAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, query, rest, project, scaling, dropout, seed, *tensors):
-        chunks = (chunk._replace(context=context) for chunk, context in zip(rest, tensors, strict=False))
-        output, lse = _forward(query, chunks, project, scaling, dropout, seed)
-        ctx.save_for_backward(query, output, lse, seed, *tensors)
-        ctx.rest, ctx.project, ctx.numbers = rest, project, (scaling, dropout)
+    def forward(ctx, query, context, cut, project, scores, *parameters):
+        output, lse = _forward(query, split_context(context, *cut), project, scores)
+        ctx.save_for_backward(query, context, output, lse, *parameters)
+        ctx.cut, ctx.project, ctx.scores = cut, project, scores
         kind = query.device.type
         ctx.autocast = {
             "device_type": kind,
@@ -141,37 +165,27 @@ class _StreamedAttention(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx, grad):
-        query, output, lse, seed, *tensors = ctx.saved_tensors
-        count = len(ctx.rest)
-        contexts, parameters, needs = tensors[:count], tensors[count:], ctx.needs_input_grad[6:]
-        wanted = [p for p, needed in zip(parameters, needs[count:], strict=True) if needed]
-        grad = grad.to(lse.dtype)
-        total = (grad * output.to(lse.dtype)).sum(-1)
-        grad_query, grad_parameters, grad_contexts = torch.zeros_like(query), None, []
-        for index, (context, chunk) in enumerate(zip(contexts, ctx.rest, strict=True)):
+        query, context, output, lse, *parameters = ctx.saved_tensors
+        needs_context, needs = ctx.needs_input_grad[1], ctx.needs_input_grad[5:]
+        wanted = [parameter for parameter, needed in zip(parameters, needs, strict=True) if needed]
+        grad_query = torch.zeros_like(query, dtype=lse.dtype)
+        grad_context = torch.empty_like(context) if needs_context else None
+        totals, start = [torch.zeros_like(parameter) for parameter in wanted], 0
+        for index, chunk in enumerate(split_context(context, *ctx.cut)):
+            here = slice(start, start := start + chunk.context.shape[1])
             with torch.enable_grad(), torch.autocast(**ctx.autocast):
-                q = query.detach().requires_grad_()
-                c = context.detach().requires_grad_(needs[index])
-                part, part_lse = _attend(q, chunk._replace(context=c), ctx.project, *ctx.numbers, seed, index)
-            # A row that sees nothing of this chunk, or nothing at all, takes no gradient through it.
-            weight = torch.where(part_lse == -torch.inf, 0, torch.exp(part_lse - lse)).detach()
-            grad_part = weight[..., None] * grad
-            grad_lse = weight * ((grad * part.detach().to(lse.dtype)).sum(-1) - total)
-            inputs = [q, *([c] if needs[index] else []), *wanted]
-            grads = torch.autograd.grad(
-                (part, part_lse), inputs, (grad_part.to(part.dtype), grad_lse), allow_unused=True
-            )
-            grad_query += grads[0]
-            grad_contexts.append(grads[1] if needs[index] else None)
-            news = grads[len(inputs) - len(wanted) :]
-            grad_parameters = list(news) if grad_parameters is None else _add(grad_parameters, news)
-        found = iter(grad_parameters)
-        per_parameter = [next(found) if needed else None for needed in needs[count:]]
-        return grad_query, None, None, None, None, None, *grad_contexts, *per_parameter
-
-
-def _add(totals, news):
-    sums = []
-    for total, new in zip(totals, news, strict=True):
-        sums.append(total if new is None else new if total is None else total + new)
-    return sums
+                own = chunk.context.detach().requires_grad_(needs_context)
+                key, value = ctx.project(own, chunk.rotary)
+            found = part_gradients(query, key, value, output, lse, grad, **ctx.scores.of(index, chunk))
+            grad_query += found.query
+            inputs = [own, *wanted] if needs_context else wanted
+            if not inputs:
+                continue
+            grads = torch.autograd.grad((key, value), inputs, (found.key, found.value))
+            if needs_context:
+                grad_context[:, here] = grads[0]
+            for total, new in zip(totals, grads[len(inputs) - len(wanted) :], strict=True):
+                total += new
+        per_parameter = iter(totals)
+        rest = [next(per_parameter) if needed else None for needed in needs]
+        return grad_query.to(query.dtype), grad_context, None, None, None, *rest

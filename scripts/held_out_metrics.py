@@ -15,13 +15,16 @@ from transformers import ByT5Tokenizer, EvalPrediction, PreTrainedTokenizerBase
 
 
 def row_totals(objective: Objective) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
-    """For `Trainer(preprocess_logits_for_metrics=)`: logits `[B, T, V]` become nats and tokens per row, `[B, 2]`."""
+    """For `Trainer(preprocess_logits_for_metrics=)`: logits `[B, T, V]` become nats and tokens per row, `[B, 2]`.
+
+    A causal model may have logits for the last T of the labels' positions only; labels in front of them are left out.
+    """
 
     def totals(logits, labels: torch.Tensor) -> torch.Tensor:
         if isinstance(logits, tuple):  # a model that returns more than logits
             logits = logits[0]
         if objective == "causal":
-            logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = logits[:, :-1], labels[:, -logits.shape[1] :][:, 1:]
         nats = torch.nn.functional.cross_entropy(
             logits.float().transpose(1, 2), labels, ignore_index=IGNORED_LABEL, reduction="none"
         )

@@ -29,6 +29,7 @@ class LanguageModel(TrainingTask):
     argument_classes = (TextArguments,)
     examples = "blocks"
     mlm_probability = 0.15
+    predicted_tokens: int | None = None
 
     @classmethod
     def accepts(cls, config):
@@ -94,6 +95,7 @@ class LanguageModel(TrainingTask):
             self.block_size,
             objective=self.objective,
             mlm_probability=self.mlm_probability,
+            predicted_tokens=self.predicted_tokens,
             max_samples=max_samples,
             **options,
         )
@@ -114,6 +116,7 @@ class CausalLanguageModel(LanguageModel):
     def prepare_model(self, model, processor):
         super().prepare_model(model, processor)
         require_causal(model)
+        self.predicted_tokens = count_predictions(model, self.block_size)
 
 
 @dataclass
@@ -141,6 +144,13 @@ class MaskedLanguageModel(LanguageModel):
     def check(self, config):
         super().check(config)
         self.mlm_probability = self.arguments.of(MaskedArguments).mlm_probability or self.mlm_probability
+
+
+@torch.no_grad()
+def count_predictions(model: PreTrainedModel, block_size: int) -> int:
+    """For how many positions of a block, its last, the model has logits: for all, unless it is a Perceiver AR."""
+    tokens = torch.zeros(1, block_size, dtype=torch.long, device=model.device)
+    return model(input_ids=tokens, use_cache=False).logits.shape[1]
 
 
 @torch.no_grad()

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from task_captioning import Captioning
+from task_image_classification import ImageClassification
 from task_language_model import CausalLanguageModel, MaskedLanguageModel
 from task_sequence_to_sequence import SequenceToSequence
 from task_span_corruption import SpanCorruption
@@ -15,6 +17,8 @@ TASKS: dict[str, type[TrainingTask]] = {
     "masked": MaskedLanguageModel,
     "span_corruption": SpanCorruption,
     "sequence_to_sequence": SequenceToSequence,
+    "image_classification": ImageClassification,
+    "captioning": Captioning,
 }
 
 

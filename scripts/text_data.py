@@ -5,7 +5,8 @@ compute goes into padding. The held-out side is cut so that **every token is sco
 per byte a property of the text and not of the block size:
 
 - causal: the stream starts with a separator, and each block repeats the last token of the one before it as context,
-  for the model predicts `block_size - 1` tokens of each block;
+  for the model predicts `block_size - 1` tokens of each block; where it predicts fewer (a Perceiver AR, whose latents
+  are the last positions of a block), blocks overlap by all that it does not predict;
 - masked: blocks do not overlap; which tokens are masked is drawn once, from a fixed seed;
 - the last block reaches back into text that is already scored (labels -100) rather than being padded.
 """
@@ -239,13 +240,18 @@ def pack_for_evaluation(
     *,
     objective: Objective,
     mlm_probability: float = 0.15,
+    predicted_tokens: int | None = None,
     max_samples: int | None = None,
     parse_special_tokens: bool = False,
     num_proc: int | None = None,
 ) -> EvaluationBlocks:
-    """Held-out blocks in which every token is scored once (see the top of this file)."""
+    """Held-out blocks in which every token is scored once (see the top of this file).
+
+    Args:
+        predicted_tokens: how many positions of a block, its last, a causal model has logits for; None for all.
+    """
     causal = objective == "causal"
-    stride = block_size - 1 if causal else block_size
+    stride = (predicted_tokens or block_size) - 1 if causal else block_size
     if max_samples is not None:
         documents = limit_documents(
             documents, tokenizer, max_samples * stride, parse_special_tokens=parse_special_tokens
@@ -253,7 +259,9 @@ def pack_for_evaluation(
     tokenized = tokenize_documents(documents, tokenizer, parse_special_tokens=parse_special_tokens, num_proc=num_proc)
     stream = token_stream(tokenized)
     if causal:
-        stream = np.concatenate([np.array([separator_token_id(tokenizer)], stream.dtype), stream])
+        # The context of the first token that is scored: one separator, or as many as come before the predictions.
+        context = np.full(block_size - stride, separator_token_id(tokenizer), stream.dtype)
+        stream = np.concatenate([context, stream])
     windows, scored = scored_windows(stream, block_size, stride)
     if causal:
         inputs, labels = windows, np.where(scored, windows, IGNORED_LABEL).astype(np.int32)

@@ -1,11 +1,14 @@
 """PerceiverFlash: inputs, options and the promises of its attention."""
 
 import copy
+from itertools import pairwise
 
 import pytest
 import torch
 from helpers import assert_within_budget
 from perceiver_flash_models import FEATURES, IMAGES, SIZES, VOCABULARY, build, features, padded
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+from transformers.utils import is_flash_attn_2_available
 
 from hf_efficient import (
     PerceiverFlashConfig,
@@ -135,6 +138,51 @@ def test_implementations_agree(implementation, is_decoder):
         with torch.no_grad():
             results = [model(input_ids=ids, attention_mask=mask).logits for model in (other, oracle, eager)]
         assert_within_budget(*results, implementation)
+
+
+def varlen_attention(module, query, key, value, attention_mask, scaling, is_causal, **kwargs):
+    """What flash-attn's functions compute, written out: packed rows, the last query at the last key."""
+    assert attention_mask is None
+    if "cu_seq_lens_k" not in kwargs:
+        parts = zip(query, key, value, strict=True)
+    else:
+        edges = [kwargs[name].tolist() for name in ("cu_seq_lens_q", "cu_seq_lens_k")]
+        rows, keys = ([slice(*pair) for pair in pairwise(cut)] for cut in edges)
+        assert kwargs["max_length_k"] == max(k.stop - k.start for k in keys)
+        parts = [(query[0, :, r], key[0, :, k], value[0, :, k]) for r, k in zip(rows, keys, strict=True)]
+    results = []
+    for q, k, v in parts:
+        scores = q @ k.mT * scaling
+        if is_causal:
+            seen = torch.ones(scores.shape[-2:], dtype=torch.bool).tril(k.shape[1] - q.shape[1])
+            scores = scores.masked_fill(~seen, -torch.inf)
+        results.append((scores.softmax(-1).nan_to_num() @ v).transpose(0, 1))
+    return (torch.cat(results)[None] if "cu_seq_lens_k" in kwargs else torch.stack(results)), None
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_flash_attention_2_gets_packed_rows(is_decoder, monkeypatch):
+    """The package cannot run here: a function that computes what its functions do stands in its place."""
+    model_class = PerceiverFlashForCausalLM if is_decoder else PerceiverFlashForMaskedLM
+    ids = torch.randint(3, VOCABULARY, (3, 11))
+    eager, packed = (build(model_class, double=True, **SIZES) for _ in range(2))
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS, "flash_attention_2", varlen_attention)
+    for module in packed.modules():
+        if hasattr(module, "config"):
+            module.config._attn_implementation_internal = "flash_attention_2"
+    for mask in (None, padded(), padded().flip(1), padded((11, 0, 7))):
+        with torch.no_grad():
+            first, second = (model(input_ids=ids, attention_mask=mask).logits for model in (eager, packed))
+        if mask is not None:
+            seen = (mask == 1)[:, -first.shape[1] :]
+            first, second = first[seen], second[seen]
+        torch.testing.assert_close(second, first)
+
+
+@pytest.mark.skipif(is_flash_attn_2_available(), reason="the package is installed")
+def test_flash_attention_2_is_refused_without_its_package():
+    with pytest.raises(ImportError, match="FlashAttention2"):
+        build(PerceiverFlashModel, implementation="flash_attention_2", **SIZES)
 
 
 def test_padding_is_masked_exactly():

@@ -13,8 +13,16 @@ from hf_efficient import (
     PerceiverFlashForCausalLM,
     PerceiverFlashForImageClassification,
     PerceiverFlashForMaskedLM,
+    PerceiverFlashForSequenceClassification,
     PerceiverFlashIOModel,
+    PerceiverFlashModel,
 )
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler():
+    """The compiler counts what it has compiled of a function, and gives up at the ninth."""
+    torch.compiler.reset()
 
 
 def make(model_class, **options):
@@ -26,9 +34,15 @@ def ids(rows=2, length=20):
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
+CHUNKED = [{}, {"cross_attention_chunk_size": 4}]
 CASES = {
     "masked": (PerceiverFlashForMaskedLM, SIZES, lambda: {"input_ids": ids(), "labels": ids()}),
     "causal": (PerceiverFlashForCausalLM, SIZES, lambda: {"input_ids": ids(), "labels": ids(), "use_cache": False}),
+    "sequences": (
+        PerceiverFlashForSequenceClassification,
+        SIZES,
+        lambda: {"input_ids": ids(), "labels": torch.tensor([0, 1])},
+    ),
     "images": (
         PerceiverFlashForImageClassification,
         {**IMAGES, "pooling": "query"},
@@ -62,7 +76,7 @@ def test_a_batch_equals_its_rows():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", [{}, {"cross_attention_chunk_size": 4}], ids=str)
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_checkpointing_changes_no_gradient(case, options, reentrant):
     model_class, sizes, inputs = CASES[case]
@@ -79,22 +93,38 @@ def test_checkpointing_changes_no_gradient(case, options, reentrant):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_compiles_as_one_graph(case):
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
+def test_compiles_as_one_graph(case, options):
+    """Result and gradients of a single graph; with chunks the backward pass makes keys and values of each anew."""
     model_class, sizes, inputs = CASES[case]
-    model = make(model_class, **sizes).eval()
+    model = make(model_class, **sizes, **options).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs()).logits, model(**inputs()).logits)
-    compiled(**inputs()).loss.backward()
+    gradients = []
+    for each in (model, compiled):
+        model.zero_grad()
+        each(**inputs()).loss.backward()
+        gradients.append([parameter.grad for parameter in model.parameters()])
+    torch.testing.assert_close(*gradients)
 
 
 @pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @torch.no_grad()
-def test_exports(case):
+def test_exports(case, options):
     model_class, sizes, inputs = CASES[case]
-    model = make(model_class, **sizes).eval()
+    model = make(model_class, **sizes, **options).eval()
     inputs = {name: value for name, value in inputs().items() if name != "labels"}
     program = torch.export.export(model, (), inputs, strict=False)
     torch.testing.assert_close(program.module()(**inputs).logits, model(**inputs).logits)
+
+
+@torch.no_grad()
+def test_a_base_model_exports():
+    model = make(PerceiverFlashModel, **FEATURES, cross_attention_chunk_size=4).eval()
+    inputs = {"inputs": torch.randn(2, 11, 6), "attention_mask": torch.ones(2, 11, dtype=torch.long)}
+    program = torch.export.export(model, (), inputs, strict=False)
+    torch.testing.assert_close(program.module()(**inputs).pooler_output, model(**inputs).pooler_output)
 
 
 def test_queries_and_masks_export_and_compile():
@@ -141,6 +171,18 @@ def test_resumed_training_equals_the_uninterrupted_one(tmp_path):
     train(tmp_path / "parts", second, 12, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
     for name, tensor in whole.state_dict().items():
         assert torch.equal(tensor, second.state_dict()[name]), name
+
+
+def test_items_in_a_batch_are_those_of_the_latents():
+    """Trainer counts all labels that are not ignored, also in front of the latents; the mean is over those behind."""
+    model = make(PerceiverFlashForCausalLM, **SIZES).eval()
+    tokens = ids(rows=3)
+    for labels in (tokens, tokens.masked_fill(torch.arange(20) < 15, -100), tokens.masked_fill(tokens > 30, -100)):
+        count = (labels[:, 1:] != -100).sum()
+        plain, counted = (model(tokens, labels=labels, **more).loss for more in ({}, {"num_items_in_batch": count}))
+        torch.testing.assert_close(counted, plain)
+    nothing = model(tokens, labels=torch.full_like(tokens, -100), num_items_in_batch=torch.tensor(5)).loss
+    assert nothing == 0
 
 
 def test_loss_is_that_of_the_latents_in_their_window():

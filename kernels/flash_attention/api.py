@@ -93,22 +93,22 @@ def flash_attention(
         ValueError: a shape, dtype, device or number that does not fit, naming the argument.
         RuntimeError: an explicit `backend` that cannot serve this call.
     """
-    _validate_tensors(query, key, value)
-    _validate_masks(query, key, key_mask, key_lengths, query_lengths)
+    validate_tensors(query, key, value)
+    validate_masks(query, key, key_mask, key_lengths, query_lengths)
     _validate_parameters(query, key, value, alibi_slopes, distance_bias, memory_key, memory_value, sinks)
-    options = _options(query, scale, causal, window, softcap, dropout_p)
-    operands = _operands(
+    options = make_options(query, scale, causal, window, softcap, dropout_p)
+    operands = make_operands(
         query, key, value, key_mask, key_lengths, query_lengths, alibi_slopes, distance_bias, memory_key,
-        memory_value, sinks, _seed(dropout_seed, query.device) if options.dropout_p else None,
+        memory_value, sinks, make_seed(dropout_seed, query.device) if options.dropout_p else None,
     )  # fmt: skip
-    chosen = resolve_backend(backend, query, unsupported_reason=_unsupported(query, value))
+    chosen = resolve_backend(backend, query, unsupported_reason=unsupported_reason(query, value))
     if backend == "auto" and not return_lse and (plain := attend_with_sdpa(operands, options)) is not None:
         return plain
     output = FlashAttentionOutput(*attend(operands, options, chosen))
     return output if return_lse else output.output
 
 
-def _unsupported(query, value) -> str | None:
+def unsupported_reason(query, value) -> str | None:
     """Why the kernels cannot take these tensors; None if they can."""
     if query.dtype == torch.float64:
         return "flash_attention has no kernel for float64"
@@ -120,7 +120,7 @@ def _unsupported(query, value) -> str | None:
     return None
 
 
-def _options(query, scale, causal, window, softcap, dropout_p) -> Options:
+def make_options(query, scale, causal, window, softcap, dropout_p) -> Options:
     sides = window if isinstance(window, (tuple, list)) else (window, window)
     if len(sides) != 2 or any(not (s is None or (_is_integer(s) and s >= 0)) for s in sides):
         raise ValueError(f"window must be an int of at least 0, a pair (left, right) of such or None, got {window!r}")
@@ -140,7 +140,7 @@ def _is_integer(side):
     return isinstance(side, int) and not isinstance(side, bool)
 
 
-def _operands(
+def make_operands(
     query, key, value, key_mask, key_lengths, query_lengths, alibi_slopes, distance_bias, memory_key, memory_value,
     sinks, seed,
 ) -> Operands:  # fmt: skip
@@ -166,7 +166,7 @@ def _operands(
     )
 
 
-def _seed(seed, device) -> Tensor:
+def make_seed(seed, device) -> Tensor:
     if seed is None:
         # A tensor, never a number on the host: drawing stays inside a compiled graph, and gradient checkpointing,
         # which restores the generator, draws the same seed again.
@@ -182,7 +182,7 @@ def _seed(seed, device) -> Tensor:
     return torch.tensor([(seed + 2**63) % 2**64 - 2**63], device=device)
 
 
-def _validate_tensors(query, key, value):
+def validate_tensors(query, key, value):
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.ndim != 4:
             raise ValueError(f"{name} must have shape [batch, heads, length, size], got {tuple(tensor.shape)}")
@@ -210,7 +210,7 @@ def _validate_like(name, tensor, query):
         )
 
 
-def _validate_masks(query, key, key_mask, key_lengths, query_lengths):
+def validate_masks(query, key, key_mask, key_lengths, query_lengths):
     batch, keys = key.shape[0], key.shape[2]
     for name, tensor, shape, kinds in (
         ("key_mask", key_mask, (batch, keys), "bool or integer, nonzero where a key counts"),

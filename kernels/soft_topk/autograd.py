@@ -1,7 +1,6 @@
 """Joins the forward and backward passes of both methods into differentiable operations. No maths here.
 
-Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node. Defining them twice in a
-process (the package and a checkpoint's own copy) is harmless: the later definition replaces an equal one.
+Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node.
 """
 
 from contextlib import nullcontext
@@ -11,6 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ..backend import is_observed
+from ..custom_operator import custom_operator
 from .eager import descent_backward, descent_forward, exact_backward, exact_forward
 
 
@@ -23,7 +23,7 @@ except ImportError:
     pass
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_exact", mutates_args=())
+@custom_operator("soft_topk_exact")
 def soft_topk_exact_operator(
     logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -40,7 +40,7 @@ def _(logits, k, mask, eps, num_selected, backend):
     return scores, indices, *(logits.new_empty(logits.shape[0], dtype=dtype) for _ in range(2))
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_exact_backward", mutates_args=())
+@custom_operator("soft_topk_exact_backward")
 def soft_topk_exact_backward(
     grad: Tensor, logits: Tensor, mask: Tensor | None, pivot: Tensor, offset: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
@@ -57,7 +57,7 @@ def _(grad, logits, mask, pivot, offset, eps, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format), torch.empty_like(pivot)
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_descent", mutates_args=())
+@custom_operator("soft_topk_descent")
 def soft_topk_descent(
     logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -74,7 +74,7 @@ def _(logits, k, mask, temperatures, num_selected, backend):
     return *_fake_outputs(logits, num_selected), duals
 
 
-@torch.library.custom_op("hf_efficient::soft_topk_descent_backward", mutates_args=())
+@custom_operator("soft_topk_descent_backward")
 def soft_topk_descent_backward(
     grad: Tensor,
     logits: Tensor,
