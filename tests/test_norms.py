@@ -33,16 +33,15 @@ def test_scale_norm_gives_vectors_of_zeros_no_gradient(dtype):
     assert states.grad[0, 0].any() and torch.isfinite(states.grad).all() and torch.isfinite(norm.g.grad).all()
 
 
-def test_a_deep_model_trains_on_inputs_that_are_zero():
+def test_inputs_that_are_zero_get_no_gradient_from_the_clamp():
     config = PerformerConfig(
-        vocab_size=16, hidden_size=16, num_attention_heads=2, num_hidden_layers=12, norm_type="scale_norm"
-    )
+        vocab_size=16, hidden_size=16, num_attention_heads=2, num_hidden_layers=2, norm_type="scale_norm",
+        position_embedding_type="rotary",
+    )  # fmt: skip
     model = PerformerForMaskedLM(config)
     inputs = torch.randn(1, 6, 16)
     inputs[:, 2:4] = 0
     inputs.requires_grad_()
     model(inputs_embeds=inputs, labels=torch.arange(6)[None]).loss.backward()
-    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    assert len(gradients) > 12 * 6
-    for name, gradient in (gradients | {"inputs": inputs.grad}).items():
-        assert torch.isfinite(gradient).all() and gradient.abs().max() < 1e4, name
+    # Behind the first block they are short, which a norm of this kind makes up for; 1 / eps would be a factor of 1e5.
+    assert torch.isfinite(inputs.grad).all() and inputs.grad.abs().max() < 50
