@@ -97,6 +97,13 @@ class CoLT5Config(SelfContainedConfig):
     )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers"}
+    # The feed-forwards, five sixths of a layer's weights and work. Attention stays whole: its heads share position
+    # biases, and each set of routed keys has heads of its own.
+    base_model_tp_plan = {
+        f"layers.*.mlp.{branch}{projection}": style
+        for branch in ("light_mlp.", "heavy_mlp.", "")
+        for projection, style in (("gate_proj", "colwise"), ("up_proj", "colwise"), ("down_proj", "rowwise"))
+    }
 
     vocab_size: int = 32128
     hidden_size: int = 768

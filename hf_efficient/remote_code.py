@@ -28,8 +28,9 @@ from .registry import ARCHITECTURES, Architecture
 
 logger = logging.getLogger(__name__)
 
-# What every machine that runs transformers with torch has. Anything else is optional and has to stand in a `try`.
-REQUIRED_PACKAGES = sys.stdlib_module_names | {"huggingface_hub", "safetensors", "torch", "transformers"}
+# What every machine that runs transformers with torch has (transformers requires numpy). Anything else is optional and
+# has to stand in a `try`.
+REQUIRED_PACKAGES = sys.stdlib_module_names | {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 
 # How transformers finds the files of a checkpoint, docstrings and comments included (dynamic_module_utils.py).
 _SEEN_BY_TRANSFORMERS = re.compile(r"^\s*(?:import\s+\.(\S+)\s*$|from\s+\.(\S+)\s+import)", re.MULTILINE)

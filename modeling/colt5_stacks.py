@@ -57,6 +57,7 @@ class CoLT5PreTrainedModel(CheckedPreTrainedModel):
     config: CoLT5Config
     _no_split_modules = ["CoLT5EncoderLayer", "CoLT5DecoderLayer", "CoLT5CausalLayer", "CoLT5ImageLayer"]
     _can_record_outputs = {}
+    _can_compile_fullgraph = True
 
     @torch.no_grad()
     def _init_weights(self, module):

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from .rms_norm import RMSNorm
+
 
 class ScaleNorm(nn.Module):
     """`g · x / |x|` with one learned number `g` (arXiv 1910.05895, section 3.2).
@@ -44,5 +46,5 @@ def make_norm(kind: str, size: int, eps: float) -> nn.Module:
     if kind == "layer_norm":
         return nn.LayerNorm(size, eps=eps)
     if kind == "rms_norm":
-        return nn.RMSNorm(size, eps=eps)
+        return RMSNorm(size, eps=eps)
     return ScaleNorm(eps) if kind == "scale_norm" else nn.Identity()

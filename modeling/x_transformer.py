@@ -53,6 +53,7 @@ from .x_transformer_embeddings import (
 )
 from .x_transformer_inputs import (
     check_cache,
+    check_memory_place,
     check_prepended,
     hide_at_random,
     prefix_start,
@@ -267,6 +268,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         if not count:
             return hidden_states, mask, position_ids, Prefix()
         prefix = Prefix(prefix_start(mask, first_length), count)
+        check_memory_place(mask, prefix.start, first_length, self.config)
         mask = with_prefix(mask, prefix, real_tokens(prepend_mask))
         position_ids = position_ids + count
         if is_first:
@@ -315,7 +317,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
     def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
         if encoder_hidden_states is None:
             return None
-        mask, share = real_tokens(encoder_attention_mask), self.config.encoder_token_dropout
+        mask, share = real_tokens(encoder_attention_mask, encoder_hidden_states), self.config.encoder_token_dropout
         if self.training and share:
             mask = hide_at_random(mask, encoder_hidden_states, share, keep_first=True)
         return Visibility(causal=False, key_mask=mask)

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from generation_models import left_padded, tokens
+from generation_models import left_padded, run, tokens
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 from x_transformer_models import BOTH, CAUSAL, SIZES, SOME, VOCABULARY, causal_model, encoder_decoder_model
@@ -110,23 +110,9 @@ def test_both_forms_of_attention_agree(name):
     assert (weights.sum(-1) <= 1 + 1e-9).all()
 
 
-@pytest.mark.parametrize("split", [[1] * LENGTH, [5, 1, 4, 3]], ids=str)
-@pytest.mark.parametrize("name", CAUSAL)
-@torch.no_grad()
-def test_any_split_gives_the_logits_of_the_whole(name, split):
-    """Several tokens per step, left-padded."""
-    model, (ids, mask) = causal_model(name), left_padded([9, LENGTH])
-    whole = model(ids, attention_mask=mask, use_cache=False).logits
-    cache, pieces, seen = DynamicCache(config=model.config), [], 0
-    for piece in ids.split(split, dim=1):
-        seen += piece.shape[1]
-        pieces.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
-        assert cache.get_seq_length() == seen
-    real = mask.bool()
-    if "memory tokens, alibi" in name or "much at once" in name:
-        # Where a row begins with more padding than the first call has tokens, its memory tokens stand amid padding.
-        real = real & (mask[:, : split[0]].any(dim=1) | (mask.sum(1) == LENGTH))[:, None]
-    close(torch.cat(pieces, dim=1)[real], whole[real])
+def test_a_window_bounds_the_cache():
+    cache = run(causal_model("window"), tokens(1, 7), max_new_tokens=20).cache
+    assert all(layer.keys.shape[2] == 3 for layer in cache.layers)
 
 
 @torch.no_grad()
