@@ -32,7 +32,6 @@ if _TYPE_CHECKING:
     from .modeling.colt5 import CoLT5ForSequenceClassification as CoLT5ForSequenceClassification
     from .modeling.colt5 import CoLT5Model as CoLT5Model
     from .modeling.colt5_images import CoLT5ForImageClassification as CoLT5ForImageClassification
-    from .modeling.colt5_images import CoLT5ImageEncoder as CoLT5ImageEncoder
     from .modeling.perceiver_flash import PerceiverFlashForCausalLM as PerceiverFlashForCausalLM
     from .modeling.perceiver_flash import PerceiverFlashForImageClassification as PerceiverFlashForImageClassification
     from .modeling.perceiver_flash import PerceiverFlashForMaskedLM as PerceiverFlashForMaskedLM

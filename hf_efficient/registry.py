@@ -45,7 +45,6 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModelForQuestionAnswering": "modeling.colt5:CoLT5ForQuestionAnswering",
             "AutoModelForImageClassification": "modeling.colt5_images:CoLT5ForImageClassification",
         },
-        others=("modeling.colt5_images:CoLT5ImageEncoder",),
     ),
     "performer": Architecture(
         config="configuration.performer:PerformerConfig",
