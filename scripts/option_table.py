@@ -234,12 +234,12 @@ each decides the initial weights and the order of the text, for all options.
 
 **Bits per byte**: mean ± standard deviation over the seeds. **Against the baseline**: mean difference to the
 baseline of the same seed, with its 95 % interval (Student's t); where the interval holds 0, no difference is shown.
-**CPU time** of training on one core, over the baseline's; the machine was shared, so a tenth is noise.
+**CPU time** of training on one core, over the baseline's; the machine was shared: only large ratios mean anything.
 
 {said}.
 
 What this does not say: anything about other sizes, budgets or texts. No option had its own learning rate, the models
-saw each byte once and are far from converged, and {seeds} seeds resolve differences of a few hundredths of a bit.
+saw each byte once and are far from converged, and the intervals show how little {seeds} seeds can tell apart.
 Options that pay off in long runs or long sequences cannot show it here.
 
 (torch {first["torch"]}, commits {commits}.)
