@@ -24,7 +24,7 @@ demo: $(STAMP)
 	$(RUN) scripts/demo.py
 
 test: lint
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(RUN) -m ruff format --check

@@ -29,26 +29,6 @@ def check_cache(past_key_values, config) -> None:
         )
 
 
-def real_tokens(attention_mask: torch.Tensor | None, states: torch.Tensor | None = None) -> torch.Tensor | None:
-    """`[B, everything seen]` bool, or None where there is no padding.
-
-    Raises:
-        ValueError: a mask of another form, or not one value for each of the `states` `[B, N, C]`, if they are given.
-    """
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask must have shape [batch, cached and new tokens], got {tuple(attention_mask.shape)}"
-        )
-    if states is not None and attention_mask.shape != states.shape[:2]:
-        raise ValueError(
-            f"encoder_attention_mask must have shape {tuple(states.shape[:2])} (batch, encoder tokens), got "
-            f"{tuple(attention_mask.shape)}"
-        )
-    return attention_mask != 0
-
-
 def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor | None:
     """Where memory tokens stand in each row `[B]`: behind the left padding of the first `first_length` tokens."""
     if mask is None:

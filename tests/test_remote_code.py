@@ -11,6 +11,7 @@ from helpers import subprocess_without_package
 from tiny_heads import ENCODER_DECODERS, TINY
 
 from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.remote_code import travelling
 
 
 pytestmark = pytest.mark.slow  # most of the time goes into starting processes that import transformers
@@ -80,12 +81,18 @@ def code(folder):
     return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
 
 
+def beside(model_type, auto_class):
+    """The Auto classes of the models that travel with this one."""
+    class_name = ARCHITECTURES[model_type].models[auto_class].rpartition(":")[2]
+    return list(travelling(ARCHITECTURES[model_type], [class_name])[0])
+
+
 @pytest.mark.parametrize(("model_type", "auto_class"), rows)
 def test_the_folder_holds_code_safetensors_and_every_head(saved, model_type, auto_class):
     folder = saved / model_type / auto_class
-    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors", ".md"}
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", *ARCHITECTURES[model_type].models}
+    assert set(auto_map) == {"AutoConfig", *beside(model_type, auto_class)}
     for reference in auto_map.values():
         module, _, name = reference.partition(".")
         assert f"class {name}(" in code(folder)[f"{module}.py"]
@@ -163,7 +170,7 @@ torch.save(outputs(model.eval(), auto_class), folder / "trained.outputs")
     for name in ("config_only", "second", "config_of_the_model", "run/checkpoint-2"):
         assert code(tmp_path / name) == original, name
         auto_map = json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", *ARCHITECTURES[model_type].models}, name
+        assert set(auto_map) == {"AutoConfig", *beside(model_type, "AutoModelForCausalLM")}, name
 
     subprocess_without_package(
         IN_THE_OTHER_PROCESS
@@ -179,7 +186,7 @@ for auto_class in sys.argv[3:]:
 """,
         tmp_path,
         (saved / model_type / "AutoModelForCausalLM").with_suffix(".outputs"),
-        *ARCHITECTURES[model_type].models,
+        *beside(model_type, "AutoModelForCausalLM"),
     )
 
 

@@ -238,11 +238,12 @@ def test_layerdrop_leaves_branches_out():
     torch.testing.assert_close(model(ids).last_hidden_state, model.embed_tokens(ids))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "cls"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_pooling_ignores_padding(pooling, side):
-    model = make(XTransformerForSequenceClassification, classifier_pooling=pooling, num_labels=3).double().eval()
+    options = {"classifier_pooling": pooling, "num_labels": 3, "num_cls_tokens": 2 * (pooling == "cls")}
+    model = make(XTransformerForSequenceClassification, **options).double().eval()
     ids, padding = tokens(1, LENGTH), torch.zeros(1, 4, dtype=torch.long)
     padded = torch.cat((padding, ids) if side == "left" else (ids, padding), dim=1)
     alone = model(ids).logits
@@ -290,6 +291,7 @@ REFUSED = {
     "tied factors": ({"tie_word_embeddings": True, "embedding_size": 16}, "embedding_size=32"),
     "gpu scores": ({"kernel_backend": "triton", "residual_attention": True}, "scores"),
     "dropout": ({"attention_dropout": 1.0}, r"in \[0, 1\)"),
+    "no cls token": ({"classifier_pooling": "cls"}, "no token to read"),
     "overrides": ({"is_encoder_decoder": True, "encoder_overrides": {"colour": 1}}, "colour"),
     "wrong type": ({"norm_type": "batch"}, "norm_type"),
 }
@@ -307,6 +309,8 @@ def test_an_encoder_refuses_what_only_decoders_have():
         make(XTransformerModel, rotary_positions="xpos")
     with pytest.raises(ValueError, match="see each other"):
         make(XTransformerForMaskedLM, prefix_lm=True)
+    with pytest.raises(ValueError, match="see nothing of it"):
+        make(XTransformerForCausalLM, num_cls_tokens=1)
     with pytest.raises(ValueError, match="nothing is causal"):
         make(XTransformerForCausalLM, cross_attention_only=True, add_cross_attention=True)
     with pytest.raises(ValueError, match="past_key_values needs is_decoder"):
