@@ -6,11 +6,13 @@ import shutil
 import tempfile
 
 
-# No test may reach the network or leave modules of remote code in the user's cache.
+# No test may reach the network or leave modules of remote code in the user's cache. Nor may it find code there that
+# torch.compile generated for an operator as it was before: its cache does not notice a changed one.
 HF_HOME = tempfile.mkdtemp(prefix="hf_efficient_tests_")
 os.environ |= {
     "HF_HOME": HF_HOME,
     "HF_MODULES_CACHE": os.path.join(HF_HOME, "modules"),
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(HF_HOME, "inductor"),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",
@@ -30,6 +32,26 @@ if not torch.cuda.is_available():  # Triton reads it when a kernel is decorated,
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if UNDER_XDIST:
     torch.set_num_threads(1)
+
+
+from matrix_page import MatrixPage, head_of  # noqa: E402
+from matrix_recorder import MatrixRecorder, note_cells  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-matrix", action="store_true", help="write docs/matrix.md (see `make matrix`)")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        # The page is that of a machine without a GPU.
+        page = MatrixPage()
+        compare = page.path.exists() and not torch.cuda.is_available()
+        config.pluginmanager.register(MatrixRecorder(page, config.option.write_matrix, compare))
+
+
+def pytest_collection_modifyitems(items):
+    note_cells(items, head_of)
 
 
 def pytest_runtest_setup(item):
