@@ -1,15 +1,13 @@
 """Drawing the random features anew during training, the same way on every rank and after every resumption."""
 
-import torch
 from torch import Tensor
 
+from ..kernels.custom_operator import custom_operator
 from .performer_attention import PerformerAttention
 from .random_features import draw_projection
 
 
-@torch.library.custom_op(
-    "hf_efficient::redraw_projections", mutates_args=("projections", "forwards_since_draw", "draws")
-)
+@custom_operator("redraw_projections", mutates_args=("projections", "forwards_since_draw", "draws"))
 def redraw_projections(
     projections: list[Tensor],
     forwards_since_draw: Tensor,

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.soft_topk import soft_topk
+from .routing_logits import routing_logits
 
 
 class RouterOptions(NamedTuple):
@@ -156,19 +157,12 @@ class TokenRouter(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """`[B, R, N]` in at least float32: lower precision would make ties, which are decided by position."""
         with torch.autocast(hidden_states.device.type, enabled=False):
-            dtype = torch.promote_types(hidden_states.dtype, torch.float32)
-            tokens, vectors = hidden_states.to(dtype), self.routing_vectors.to(dtype)
+            tokens, vectors = hidden_states, self.routing_vectors
             if self.options.normalization == "cosine":
-                tokens = nn.functional.normalize(tokens, dim=-1)
+                dtype = torch.promote_types(tokens.dtype, torch.float32)
+                tokens, vectors = nn.functional.normalize(tokens.to(dtype), dim=-1), vectors.to(dtype)
                 vectors = nn.functional.normalize(vectors, dim=-1) * COSINE_SCALE
-            # Not a matrix product: equal tokens must get equal logits to the bit, whatever stands beside them, since
-            # ties go by position. In the first layer every repeated token is a tie.
-            logits = torch.stack([(tokens * vector).sum(dim=-1) for vector in vectors], dim=1)
-            if self.options.normalization != "rms":
-                return logits
-            # The norms of the tokens, without a normalised copy of them.
-            mean_squares = tokens.square().mean(dim=-1)[:, None]
-            return logits * torch.rsqrt(mean_squares + EPSILON)
+            return routing_logits(tokens, vectors, EPSILON if self.options.normalization == "rms" else None)
 
     def _static_logits(self, hidden_states: Tensor, counts: int | Tensor, mask: Tensor | None) -> Tensor:
         """1 at `counts` evenly spaced real tokens, 0 elsewhere."""

@@ -12,13 +12,13 @@ from typing import Unpack
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.x_transformer import XTransformerConfig
+from .heads import ImageClassificationHead
 from .image_patches import PatchEmbedding, resized_positions, sincos_positions
 from .norm_family import layer_norm
-from .pooling import pool_hidden_states
 from .x_transformer import XTransformerModel, XTransformerPreTrainedModel
 
 
@@ -110,35 +110,7 @@ class XTransformerImageEncoder(XTransformerModel):
         )
 
 
-class XTransformerForImageClassification(XTransformerPreTrainedModel):
+class XTransformerForImageClassification(ImageClassificationHead, XTransformerPreTrainedModel):
     """One label for an image, read from the pooled patches (`config.classifier_pooling`)."""
 
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerImageEncoder(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> ImageClassifierOutput:
-        """Logits `[B, num_labels]` for `pixel_values` `[B, num_channels, height, width]`.
-
-        Args:
-            labels: `[B]` ids, or floats for regression and several labels.
-        """
-        outputs = self.model(pixel_values, **kwargs)
-        pooled = pool_hidden_states(outputs.last_hidden_state, None, self.config.classifier_pooling)
-        logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerImageEncoder

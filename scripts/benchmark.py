@@ -7,7 +7,7 @@
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
 All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/: performer.csv,
-flash_attention.csv, soft_topk.csv, perceiver_flash.csv, and gpu.csv for those of a GPU.
+flash_attention.csv, soft_topk.csv, colt5.csv, perceiver_flash.csv, x_transformer.csv, and gpu.csv for those of a GPU.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -40,20 +40,20 @@ PARTS = {
     "decode": ["linear_attention", "performer"],
     "flash": ["flash_attention"],
     "topk": ["soft_topk"],
+    "colt5": ["colt5"],
     "perceiver": ["perceiver_flash"],
     "perceiver-chunks": ["perceiver_flash"],
     "perceiver-language": ["perceiver_flash"],
+    "x-transformer": ["flash_attention", "x_transformer"],
 }
 FOLDER = ROOT / "docs/benchmarks"
-OPERATION_FILES = (
-    "flash_attention",
-    "soft_topk",
-    "perceiver_flash",
-)  # rows whose names begin so have a file of that name
+# Rows whose names begin so have a file of that name.
+OPERATION_FILES = ("flash_attention", "soft_topk", "colt5", "perceiver_flash", "x_transformer")
 OTHER_FILE = "performer"
 GPU_LENGTHS = (2048, 4096, 8192, 16384)
 FLASH_LENGTHS = (2048, 4096, 8192)
 TOPK_LENGTHS = (32768, 262144, 1048576)
+LAYER_LENGTHS = (4096, 16384, 65536)
 PERCEIVER_LENGTHS = (4096, 16384, 65536)
 LANGUAGE_LENGTHS = (2048, 8192, 32768)
 CHUNKED_LENGTH, MILLION = 131072, 1048576
@@ -67,7 +67,7 @@ def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=", ".join(PARTS))
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="where to measure")
-    parser.add_argument("--lengths", nargs="+", type=int, help="of the attention rows; default: 1024 4096 16384")
+    parser.add_argument("--lengths", nargs="+", type=int, help="of attention (default: 1024 4096 16384) and layers")
     parser.add_argument("--contexts", nargs="+", type=int, default=[128, 4096, 16384], help="of the decode rows")
     parser.add_argument("--repeats", type=int, default=5, help="calls per row, at least")
     parser.add_argument("--threads", type=int, default=2, help="processor threads")
@@ -77,6 +77,7 @@ def parse_arguments():
     # What a run under another allocator is told; glibc reads its variables when a process starts.
     parser.add_argument("--setting", choices=SETTINGS, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
+    arguments.layer_lengths = arguments.lengths or LAYER_LENGTHS
     arguments.lengths = arguments.lengths or list((1024, 4096, 16384) if arguments.device == "cpu" else GPU_LENGTHS)
     for name in ("repeats", "threads"):
         if getattr(arguments, name) < 1:
@@ -118,6 +119,9 @@ def measure_gpu(arguments) -> None:
 
 def measure(arguments) -> list[Row]:
     """All rows of this process, which runs under one allocator setting."""
+    from benchmark_colt5 import measure as measure_layers
+    from benchmark_colt5 import measure_base
+    from benchmark_colt5 import measure_operations as measure_layer_operations
     from benchmark_flash_attention import measure as measure_softmax
     from benchmark_models import measure_decoding, measure_generation
     from benchmark_operations import measure as measure_operation
@@ -143,7 +147,15 @@ def measure(arguments) -> list[Row]:
         if "topk" in arguments.only:
             for length in arguments.lengths if quick else TOPK_LENGTHS:
                 collect(measure_topk(length, arguments.repeats, peers=not quick))
+        if "colt5" in arguments.only:
+            for length in arguments.layer_lengths:
+                collect(measure_layers(length, arguments.repeats, peers=not quick))
+                collect(measure_layer_operations(length))
+            if max(arguments.layer_lengths) == max(LAYER_LENGTHS):
+                collect(measure_base(max(LAYER_LENGTHS)))
         measure_perceivers(arguments, collect)
+        if "x-transformer" in arguments.only:
+            measure_x_transformers(arguments, collect)
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
@@ -168,6 +180,18 @@ def measure_perceivers(arguments, collect) -> None:
     if "perceiver-language" in arguments.only:
         for length in arguments.lengths if quick else LANGUAGE_LENGTHS:
             collect(measure_language(length, repeats, quick))
+
+
+def measure_x_transformers(arguments, collect) -> None:
+    """The rows of XTransformer, which run under the default setting only."""
+    import benchmark_x_transformer as part
+
+    quick, repeats = arguments.quick, arguments.repeats
+    collect(part.measure_training(["plain"], 64 if quick else 4096, repeats, peers=not quick))
+    biased = [option for option in part.OPTIONS if option != "plain"]
+    collect(part.measure_training(biased, 64 if quick else 4096, 1, peers=not quick))
+    collect(part.measure_memory(128 if quick else 8192))
+    collect(part.measure_generation(*(8, 8) if quick else (64, 256), repeats, peers=not quick))
 
 
 def run_setting(setting: str, partial: Path) -> list[Row]:

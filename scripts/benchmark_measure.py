@@ -21,7 +21,8 @@ SHORT = 0.4  # seconds; quick calls are repeated until they filled this
 class Row:
     """One line of the CSV file. Times in ms, memory in MiB; an empty field was not measured.
 
-    `roofline`: the least time that the device's measured rates allow over the median, on GPUs.
+    `roofline`: the least time that the device's measured rates allow over the median, on GPUs. `gflops`: counted
+    floating point operations, in thousands of millions.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Row:
     error: float | None = None
     error_length: int | None = None
     roofline: float | None = None
+    gflops: float | None = None
     sizes: str = ""
     dtype: str = "float32"
     allocator: str = "default"

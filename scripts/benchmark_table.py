@@ -26,9 +26,18 @@ TITLES = {
     "flash_attention_softcap": "Causal softmax attention with a soft clamp",
     "flash_attention_window": "Softmax attention in a window of ±127",
     "soft_topk": "Soft top-k",
+    "colt5_layer": "A layer of CoLT5 and of what it stands in for",
+    "colt5_base_encoder": "The encoder of CoLT5's Base",
+    "colt5_paper_layer": "The layer of the paper's formula",
     "perceiver_flash_features": "Perceiver over features",
     "perceiver_flash_language": "language-perceiver, logits of all inputs",
     "perceiver_flash_chunks": "Cross-attention in chunks, whole model",
+    "x_transformer_plain": "Training step of a decoder",
+    "x_transformer_alibi": "Training step with ALiBi",
+    "x_transformer_t5": "Training step with T5's bias",
+    "x_transformer_softclamp": "Training step with clamped scores",
+    "x_transformer_memory": "Training step of XTransformer by option",
+    "x_transformer_generate": "`generate` of a decoder, greedy and cached",
 }
 
 

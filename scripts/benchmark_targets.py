@@ -157,6 +157,48 @@ def _routing_targets():
         )
 
 
+def paper_flops(length: int, width: int = 768) -> float:
+    """Floating point operations of a CoLT5 layer after section 3.4 of its paper, two for each multiplication.
+
+    The paper counts the widths alone, not the products inside the windows of the light attention.
+    """
+    return 2 * (7.25 * length * width**2 + length**2 * width / 84)
+
+
+def _routed_layer_targets():
+    layer, length, peer = "colt5_layer", 16384, "colt5-attention"
+    for mode in BOTH:
+        for text, other, own, bound in (
+            ("a dense layer of its heavy widths", "dense-sdpa", "ours", 8),
+            ("CoLT5-attention's block of the same widths", peer, "ours-peer-widths", 1.5),
+            ("LongT5's local layer", "longt5-local", "ours", 2),
+            ("LongT5's transient-global layer", "longt5-transient", "ours", 2),
+        ):
+            yield Target(
+                f"CoLT5 layer, {mode} of 16k tokens: times faster than {text}",
+                lambda rows, mode=mode, other=other, own=own: rows.ratio(layer, mode, length, other, own),
+                bound,
+            )
+        yield Target(
+            f"CoLT5 layer, {mode} of 16k tokens: peak memory over that of CoLT5-attention's block",
+            lambda rows, mode=mode: rows.ratio(layer, mode, length, "ours-peer-widths", peer, "peak_mib"),
+            1,
+            at_most=True,
+        )
+    yield Target(
+        "CoLT5's Base encoder, forward of 64k tokens: GiB at the peak",
+        lambda rows: rows.field("colt5_base_encoder", "forward", 65536, "ours", "peak_mib", 1024),
+        8,
+        at_most=True,
+    )
+    yield Target(
+        "CoLT5 layer of 16k tokens: counted FLOPs over the paper's formula, which leaves the windows out",
+        lambda rows: rows.field("colt5_paper_layer", "forward", length, "ours", "gflops", paper_flops(length) / 1e9),
+        1.05,
+        at_most=True,
+    )
+
+
 def _perceiver_targets():
     name, both, peer = "perceiver_flash_features", "forward+backward", "perceiver-pytorch"
     for other, own in ((peer, "ours"), ("transformers", "ours-converted")):
@@ -194,12 +236,38 @@ def _perceiver_targets():
     )
 
 
+def _x_transformer_targets():
+    mode = "forward+backward"
+    yield Target(
+        "decoder, training step at 4k: time over x-transformers with flash",
+        lambda rows: rows.ratio("x_transformer_plain", mode, 4096, "ours", "x-transformers-flash"),
+        1,
+        at_most=True,
+    )
+    for option, text in (("alibi", "ALiBi"), ("t5", "T5's bias"), ("softclamp", "clamped scores")):
+        yield Target(
+            f"decoder with {text}, training step at 4k: times faster than x-transformers",
+            lambda rows, option=option: rows.ratio(f"x_transformer_{option}", mode, 4096, "x-transformers", "ours"),
+            4,
+        )
+    for peer, text, bound in (("x-transformers", "x-transformers", 1.3), ("llama", "Llama of the same size", 1)):
+        yield Target(
+            f"decoder, generate 64+256: times faster than {text}",
+            lambda rows, peer=peer: rows.ratio(
+                "x_transformer_generate", "64+256", 320, "ours", peer, "tokens_per_second"
+            ),
+            bound,
+        )
+
+
 TARGETS = [
     *_attention_targets(),
     *_decoding_targets(),
     *_softmax_targets(),
     *_routing_targets(),
+    *_routed_layer_targets(),
     *_perceiver_targets(),
+    *_x_transformer_targets(),
 ]
 
 

@@ -4,11 +4,15 @@
     python scripts/convert.py --source flash_perceiver --input model.pt --arguments arguments.json --output_dir out
     python scripts/convert.py --source transformers --input bert-base-uncased --output_dir out
     python scripts/convert.py --source transformers --input deepmind/language-perceiver --output_dir out
+    python scripts/convert.py --source transformers --input google/t5-v1_1-base --output_dir out
+    python scripts/convert.py --source colt5_attention --input block.pt --arguments arguments.json --output_dir out
 
-performer_pytorch and flash_perceiver take a state dict saved with torch.save (or safetensors) and a JSON object with
-the arguments that the model was constructed with; for flash_perceiver it names the "class", Perceiver or PerceiverIO.
-transformers takes a folder or a name on the Hub: a BERT, GPT-2 or Llama keeps its weights and gets linear attention, a
-Perceiver becomes a PerceiverFlash with the same results. Its tokenizer or image processor comes along.
+performer_pytorch, flash_perceiver and colt5_attention take a state dict saved with torch.save (or safetensors) and a
+JSON object with the arguments that the model was constructed with; for the last two it names the "class" too, such as
+PerceiverIO or ConditionalRoutedViT. A block of colt5_attention, which is no model, becomes a folder for
+hf_efficient.conversion.routed_block_files.load_routed_block. transformers takes a folder or a name on the Hub: a BERT,
+GPT-2 or Llama keeps its weights and gets linear attention, a Perceiver becomes a PerceiverFlash with the same results,
+a T5 v1.1 or LongT5 a CoLT5 whose heavy branch it is. Its tokenizer or image processor comes along.
 """
 
 import json
@@ -31,11 +35,16 @@ from safetensors.torch import load_file
 from training_model import check_override_names, parse_config_overrides
 from transformers import AutoConfig, AutoImageProcessor, AutoTokenizer, HfArgumentParser, PreTrainedModel
 
-from hf_efficient import PerformerConfig
+from hf_efficient import CoLT5Config, PerformerConfig
+from hf_efficient.conversion.colt5_attention import convert_colt5_attention, describe, original_module
+from hf_efficient.conversion.colt5_attention_vit import convert_colt5_vit
 from hf_efficient.conversion.flash_perceiver import convert_flash_perceiver
 from hf_efficient.conversion.performer_pytorch import convert_performer_pytorch
+from hf_efficient.conversion.routed_block_files import save_routed_block
 from hf_efficient.conversion.softmax_transformers import convert_softmax_transformer
 from hf_efficient.conversion.transformers_perceiver import PERCEIVERS, convert_transformers_perceiver
+from hf_efficient.conversion.upcycled_t5 import SOURCES as UPCYCLED
+from hf_efficient.conversion.upcycled_t5 import upcycle_t5
 from hf_efficient.conversion.weight_transfer import ConversionReport
 
 
@@ -47,7 +56,7 @@ NESTED = ("state_dict", "model_state_dict", "model")
 class ConversionArguments:
     """What to convert, and where to."""
 
-    source: Literal["performer_pytorch", "flash_perceiver", "transformers"] = field(
+    source: Literal["performer_pytorch", "flash_perceiver", "colt5_attention", "transformers"] = field(
         metadata={"help": "Where the checkpoint comes from."}
     )
     input: str = field(metadata={"help": "A file with a state dict; transformers: a folder or a name on the Hub."})
@@ -66,15 +75,19 @@ class ConversionArguments:
         default=None,
         metadata={"help": "transformers: fields of the attention, 'num_random_features=256,feature_map=relu'."},
     )
+    light_branch: Literal["zero", "copy"] = field(
+        default="zero", metadata={"help": "transformers, T5 or LongT5: how the light branches start."}
+    )
     model_revision: str = field(default="main", metadata={"help": "Branch, tag or commit on the Hub."})
     token: str | None = field(default=None, metadata={"help": "Access token for private Hub repositories."})
 
     def __post_init__(self):
         own = {
-            "arguments": ("performer_pytorch", "flash_perceiver"),
+            "arguments": ("performer_pytorch", "flash_perceiver", "colt5_attention"),
             "rotary": ("performer_pytorch",),
             "layer_types": ("transformers",),
             "config_overrides": ("transformers",),
+            "light_branch": ("transformers",),
         }
         defaults = {option.name: option.default for option in fields(self)}
         for name, sources in own.items():
@@ -126,12 +139,11 @@ def read_state_dict(path: str) -> Mapping[str, torch.Tensor]:
     return state
 
 
-def load_original(options: ConversionArguments) -> PreTrainedModel:
-    """The model of transformers, with the head it was saved with.
+def class_of_original(options: ConversionArguments) -> type[PreTrainedModel]:
+    """The class of transformers that the checkpoint was saved with.
 
     Raises:
-        ValueError: no checkpoint, no class of transformers, broken weights, or weights that the class needs and that
-            are not there.
+        ValueError: no checkpoint, or no class of transformers.
     """
     name, hub = options.input, {"revision": options.model_revision, "token": options.token}
     if os.path.isdir(name) and not os.path.isfile(os.path.join(name, "config.json")):
@@ -141,13 +153,25 @@ def load_original(options: ConversionArguments) -> PreTrainedModel:
     model_class = getattr(transformers, heads[0], None) if len(heads) == 1 else None
     if model_class is None:
         raise ValueError(f"--input must name one class of transformers in its config, got architectures={heads}")
+    return model_class
+
+
+def load_original(options: ConversionArguments, model_class: type[PreTrainedModel]) -> PreTrainedModel:
+    """The model of transformers, with the head it was saved with.
+
+    Raises:
+        ValueError: broken weights, or weights that the class needs and that are not there.
+    """
+    name, hub = options.input, {"revision": options.model_revision, "token": options.token}
     try:
-        model, loading = model_class.from_pretrained(name, config=config, **hub, output_loading_info=True)
+        model, loading = model_class.from_pretrained(name, **hub, output_loading_info=True)
     except SafetensorError as error:
         raise ValueError(f"--input must hold whole weights, got {name!r}: {error}") from error
     lacking = sorted(map(str, (*loading["missing_keys"], *loading["mismatched_keys"])))
     if lacking:
-        raise ValueError(f"--input must hold every weight of {heads[0]}, got {name!r} without {', '.join(lacking)}")
+        raise ValueError(
+            f"--input must hold every weight of {model_class.__name__}, got {name!r} without {', '.join(lacking)}"
+        )
     return model
 
 
@@ -206,16 +230,37 @@ def save_processor(options: ConversionArguments, folder: Path, reads_images: boo
 
 
 def convert_original(options: ConversionArguments) -> tuple[PreTrainedModel, ConversionReport]:
-    """A model of transformers: a Perceiver as it is, any other with the attention that was asked for."""
+    """A model of transformers: a Perceiver as it is, T5s with a light branch, others with the attention asked for."""
     overrides = parse_config_overrides(options.config_overrides)
-    check_override_names(PerformerConfig, overrides)
-    original = load_original(options)
-    if type(original).__name__ not in PERCEIVERS:
-        kinds = layer_types_option(options.layer_types)
-        return convert_softmax_transformer(original, layer_types=kinds, **overrides)
-    if options.layer_types != "linear_attention" or overrides:
-        raise ValueError("--layer_types and --config_overrides are for Performers, got one with a Perceiver")
-    return convert_transformers_perceiver(original)
+    model_class = class_of_original(options)
+    name = model_class.__name__
+    if name not in UPCYCLED and options.light_branch != "zero":
+        raise ValueError(f"--light_branch is for T5 and LongT5, got one with a {name}")
+    if name in (*UPCYCLED, *PERCEIVERS) and options.layer_types != "linear_attention":
+        raise ValueError(f"--layer_types is for Performers, got one with a {name}")
+    if name in PERCEIVERS and overrides:
+        raise ValueError(f"--config_overrides is for Performers and CoLT5s, got one with a {name}")
+    check_override_names(CoLT5Config if name in UPCYCLED else PerformerConfig, overrides)
+    original = load_original(options, model_class)
+    if name in UPCYCLED:
+        return upcycle_t5(original, light=options.light_branch, **overrides)
+    if name in PERCEIVERS:
+        return convert_transformers_perceiver(original)
+    kinds = layer_types_option(options.layer_types)
+    return convert_softmax_transformer(original, layer_types=kinds, **overrides)
+
+
+def convert_routed_module(state: Mapping[str, torch.Tensor], arguments: dict, folder: Path) -> ConversionReport:
+    """A module of CoLT5-attention, in `folder`: its ViT as a model, a block as a block."""
+    original = original_module(state, arguments)
+    if arguments["class"] == "ConditionalRoutedViT":
+        model, report = convert_colt5_vit(original, arguments["image_size"])
+        model.save_pretrained(folder)
+    else:
+        block, report = convert_colt5_attention(original)
+        save_routed_block(block, describe(original), folder)
+        report.notes.append("a block is no model: load it with conversion.routed_block_files.load_routed_block")
+    return report
 
 
 def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
@@ -226,6 +271,8 @@ def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
     else:
         arguments = read_constructor_arguments(options.arguments)
         state = read_state_dict(options.input)
+        if options.source == "colt5_attention":
+            return convert_routed_module(state, arguments, folder)
         if options.source == "performer_pytorch":
             model, report = convert_performer_pytorch(state, arguments, rotary=options.rotary)
         else:

@@ -29,6 +29,18 @@ SIZES = {
     "bos_token_id": 2,
     "eos_token_id": None,
 }
+# Of a T5 v1.1 or LongT5 that is to become a CoLT5.
+T5_SIZES = {
+    "vocab_size": 61,
+    "d_model": 32,
+    "d_kv": 8,
+    "d_ff": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "feed_forward_proj": "gated-gelu",
+    "relative_attention_max_distance": 20,
+    "decoder_start_token_id": 0,
+}
 ENCODERS = {
     "paper": {},
     "two sets of keys": {"num_key_value_sets": 3},
@@ -57,7 +69,9 @@ def conditional_model(name: str) -> CoLT5ForConditionalGeneration:
     model = make(CoLT5ForConditionalGeneration, **DECODERS[name])
     if name == "tied":
         return model.double()
-    return _routing(model)
+    with torch.no_grad():
+        _routing(model).get_input_embeddings().weight.mul_(0.2)  # or a decoder only says its last token again
+    return model
 
 
 def _routing(model):

@@ -1,11 +1,13 @@
 """Small routed blocks, all float64, and the soft top-k by bisection, that several test files share."""
 
+import pytest
 import torch
 
 from hf_efficient.modeling.routed_attention import RoutedAttention, RoutedCrossAttention
 from hf_efficient.modeling.routed_autoregressive_attention import RoutedAutoregressiveAttention
 from hf_efficient.modeling.routed_feed_forward import RoutedFeedForward
 from hf_efficient.modeling.routed_image_attention import RoutedImageAttention
+from hf_efficient.modeling.token_router import RouterOptions
 
 
 WIDTH = 32
@@ -33,6 +35,19 @@ def autoregressive_attention(**options):
 
 def image_attention(**options):
     return RoutedImageAttention(WIDTH, window_size=4, **HEADS, **{**COUNTS, **options}).double()
+
+
+ONE_SEQUENCE = {
+    "feed-forward": feed_forward,
+    "attention": attention,
+    "two sets of keys": lambda: attention(num_key_value_sets=2),
+    "null tokens": lambda: attention(null_query_token=True, null_key_value=True, num_key_value_sets=2),
+    "fractions": lambda: attention(num_routed_queries=0.2, num_routed_keys=0.3),
+    "iterations": lambda: attention(router_options=RouterOptions(method="coordinate_descent")),
+    "static": lambda: attention(router_options=RouterOptions(static=True)),
+    "autoregressive": lambda: autoregressive_attention(num_key_value_sets=2),
+}
+one_sequence = pytest.mark.parametrize("make", ONE_SEQUENCE.values(), ids=ONE_SEQUENCE)
 
 
 def states(rows=3, length=40, seed=0):

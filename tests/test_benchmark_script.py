@@ -13,12 +13,16 @@ from load_script import load_script
 
 measure = load_script("benchmark_measure")
 gate = load_script("benchmark_gate")
+layers = load_script("benchmark_colt5")
 models = load_script("benchmark_models")
 operations = load_script("benchmark_operations")
 table = load_script("benchmark_table")
 targets = load_script("benchmark_targets")
 benchmark = load_script("benchmark")
 benchmark_gpu = load_script("benchmark_gpu")
+
+
+PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
 
 
 def make_row(name, provider, mode, length, median, **fields):
@@ -29,8 +33,7 @@ def test_quick_run(tmp_path):
     output = tmp_path / "rows.csv"
     printed = run_python(
         "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--output", output, "--only", "causal", "generate", "decode", "flash", "topk"),
-        *("perceiver", "perceiver-chunks", "perceiver-language"),
+        *("--quick", "--threads", 1, "--only", *PARTS, "--output", output),
         environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
     )
     rows = benchmark.read_rows(output)
@@ -41,6 +44,8 @@ def test_quick_run(tmp_path):
     for option, provider in (("alibi", "ours"), ("t5", "sdpa-bias"), ("softcap", "dense"), ("window", "sdpa-plain")):
         assert (f"flash_attention_{option}", provider, "forward+backward", 128) in found
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
+    for provider in ("ours", "ours-peer-widths", "dense-sdpa"):
+        assert ("colt5_layer", provider, "forward+backward", 128) in found
     for provider in ("ours", "ours-chunked", "transformers", "ours-converted"):
         assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
     assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
@@ -90,6 +95,23 @@ def test_every_provider_attends(causal):
     assert {row.provider for row in rows} == providers
     assert all(row.error < 1e-3 for row in rows)
     assert all(("performer-pytorch 1." in row.peer) == row.provider.startswith("performer-pytorch") for row in rows)
+
+
+def test_every_layer_runs():
+    rows = list(layers.measure(256, repeats=1))
+    providers = {"ours", "ours-peer-widths", "dense-sdpa", "colt5-attention", "longt5-local", "longt5-transient", "t5"}
+    assert {(row.provider, row.mode) for row in rows} == {(p, m) for p in providers for m in layers.MODES}
+    assert all((row.gflops is not None) == row.provider.startswith("ours") for row in rows)
+
+
+def test_counted_operations_are_those_of_the_formula():
+    """Of widths: 4 + 2 in the feed-forwards, 1 + 9 / 32 in the projections, 1 / 85.3 for the pairs; and of windows."""
+    length, width = 512, 768
+    (row,) = layers.measure_operations(length)
+    pairs = length * 255 - 127 * 128  # inside of windows that the ends cut off
+    expected = 7.28125 * length * width**2 + length**2 * width * 3 / 256 + 2 * pairs * width / 4
+    assert row.gflops * 1e9 == pytest.approx(2 * expected, rel=1e-6)
+    assert targets.paper_flops(length) == pytest.approx(2 * (expected - 2 * pairs * width / 4), rel=5e-3)
 
 
 def test_models_are_of_one_size():

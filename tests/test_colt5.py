@@ -13,6 +13,7 @@ from hf_efficient import (
     CoLT5ForImageClassification,
     CoLT5ForQuestionAnswering,
     CoLT5ForSequenceClassification,
+    CoLT5Model,
 )
 
 
@@ -76,6 +77,50 @@ def test_padded_batches_equal_single_rows(name, side):
         for row in range(3):
             alone = model(tokens[row, mask[row] == 1][None]).last_hidden_state[0]
             torch.testing.assert_close(together[row, mask[row] == 1], alone, rtol=0, atol=tolerance)
+
+
+@pytest.mark.parametrize("sets", [1, 3])
+@pytest.mark.parametrize("model_class", [CoLT5Model, CoLT5EncoderModel, *HEADS], ids=lambda c: c.__name__)
+@torch.no_grad()
+def test_neighbours_in_a_batch_and_their_order_do_not_matter(model_class, sets):
+    """Every class: a padded batch, its reverse, and each of its rows alone, whatever stands at the padding."""
+    model = make(model_class, torch.float64, num_key_value_sets=sets)
+    if model_class is CoLT5ForImageClassification:
+        inputs, lengths = {"pixel_values": torch.randn(3, 3, 16, 16, dtype=torch.float64)}, None
+    else:
+        lengths = torch.tensor([LENGTH, 23, 1])
+        inputs = {"input_ids": ids(3), "attention_mask": (torch.arange(LENGTH) < lengths[:, None]).long()}
+    if model_class in (CoLT5Model, CoLT5ForConditionalGeneration):
+        inputs["decoder_input_ids"] = ids(3, 6)
+    together = model(**inputs)[0]
+    torch.testing.assert_close(
+        model(**{name: tensor.flip(0) for name, tensor in inputs.items()})[0].flip(0), together, rtol=0, atol=1e-10
+    )
+    if lengths is not None:
+        garbage = torch.where(inputs["attention_mask"] == 1, inputs["input_ids"], 5)
+        assert torch.equal(model(**inputs | {"input_ids": garbage})[0][0], together[0])
+    by_token = model_class in (CoLT5EncoderModel, CoLT5ForCausalLM, CoLT5ForQuestionAnswering)
+    for row in range(3):
+        alone = {name: tensor[row : row + 1] for name, tensor in inputs.items()}
+        length = None if lengths is None else int(lengths[row])
+        if length is not None:
+            alone = {**alone, "input_ids": alone["input_ids"][:, :length], "attention_mask": None}
+        expected = model(**alone)[0][0]
+        found = together[row, :length] if by_token else together[row]
+        torch.testing.assert_close(found, expected, rtol=0, atol=1e-10)
+
+
+@pytest.mark.parametrize("name", ["paper", "two sets of keys", "numbers of tokens"])
+@torch.no_grad()
+def test_left_padded_causal_batches_equal_single_rows(name):
+    model, tokens, lengths = causal_model(name), ids(3), (LENGTH, 23, 2)
+    mask = (torch.arange(LENGTH) >= LENGTH - torch.tensor(lengths)[:, None]).long()
+    together = model(tokens, attention_mask=mask).logits
+    flipped = model(tokens.flip(0), attention_mask=mask.flip(0)).logits.flip(0)
+    for row, length in enumerate(lengths):
+        alone = model(tokens[row : row + 1, -length:]).logits[0]
+        for batch in (together, flipped):
+            torch.testing.assert_close(batch[row, -length:], alone, rtol=0, atol=1e-8 * alone.abs().max().item())
 
 
 @pytest.mark.parametrize("name", CAUSAL)

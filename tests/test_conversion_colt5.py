@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from colt5_models import T5_SIZES as SIZES
 from transformers import LongT5Config, LongT5ForConditionalGeneration, T5Config, T5ForConditionalGeneration
 
 from hf_efficient.conversion.colt5_attention import convert_colt5_attention
@@ -98,17 +99,6 @@ def test_what_cannot_be_converted():
         convert_colt5_attention(original)
 
 
-SIZES = {
-    "vocab_size": 61,
-    "d_model": 32,
-    "d_kv": 8,
-    "d_ff": 48,
-    "num_layers": 2,
-    "num_heads": 4,
-    "feed_forward_proj": "gated-gelu",
-    "relative_attention_max_distance": 20,
-    "decoder_start_token_id": 0,
-}
 EVERYTHING = {"num_routed_tokens": 1.0, "num_routed_queries": 1.0, "num_routed_keys": 1.0}
 
 

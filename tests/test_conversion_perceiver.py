@@ -196,5 +196,5 @@ def test_from_the_command_line(model_class, tmp_path):
         length = inputs["input_ids"].shape[1]
         difference = converted(**inputs).logits - model(**inputs).logits[:, :length]
     assert difference.abs().max() <= 1e-4
-    with pytest.raises(ValueError, match="--layer_types and --config_overrides are for Performers"):
+    with pytest.raises(ValueError, match="--layer_types is for Performers, got one with a Perceiver"):
         load_script("convert").main([*words[:-1], str(tmp_path / "other"), "--layer_types", "full_attention"])

@@ -6,15 +6,14 @@ not converted: samples that influence each other, positions chosen under a mask,
 Its autoregressive attention routes by what comes later; its weights load, and are routed causally here.
 """
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
-from ..modeling.routed_attention import RoutedAttention, RoutedCrossAttention
-from ..modeling.routed_autoregressive_attention import RoutedAutoregressiveAttention
-from ..modeling.routed_block import RoutedTransformerBlock
-from ..modeling.routed_feed_forward import RoutedFeedForward
-from ..modeling.routed_image_attention import RoutedImageAttention
 from ..modeling.token_router import RouterOptions
+from .routed_block_files import BlockDescription
 from .weight_transfer import ConversionError, ConversionReport, WeightTransfer
 
 
@@ -33,18 +32,56 @@ def convert_colt5_attention(module: nn.Module) -> tuple[nn.Module, ConversionRep
     Raises:
         ConversionError: another class, or an option without a counterpart.
     """
-    name = type(module).__name__
-    if name not in _KINDS:
-        raise ConversionError(f"the source must be one of {', '.join(_KINDS)}, got {name}")
-    build, move = _KINDS[name]
-    block = build(module)
-    transfer = WeightTransfer(module.state_dict(), name, type(block).__name__)
-    move(transfer, "", "", module)
+    block = describe(module).build()
+    transfer = WeightTransfer(module.state_dict(), type(module).__name__, type(block).__name__)
+    _KINDS[type(module).__name__][1](transfer, "", "", module)
     transfer.drop_matching(lambda key: key.endswith("rotary_emb.inv_freq"), FIXED_TABLE)
     return block.eval(), transfer.load_into(block)
 
 
-def _router_options(router: nn.Module) -> RouterOptions:
+def describe(module: nn.Module) -> BlockDescription:
+    """Which block of ours `convert_colt5_attention` makes of a module, and how it is constructed.
+
+    Raises:
+        ConversionError: as there.
+    """
+    name = type(module).__name__
+    if name not in _KINDS:
+        raise ConversionError(f"the source must be one of {', '.join(_KINDS)}, got {name}")
+    return _KINDS[name][0](module)
+
+
+def original_module(state: Mapping[str, Tensor], arguments: Mapping[str, Any]) -> nn.Module:
+    """The module of CoLT5-attention, which has to be installed, with the weights `state`.
+
+    Args:
+        arguments: those of its constructor, and `"class"`, its name.
+
+    Raises:
+        ConversionError: no such class, arguments it does not take, weights that are not its own, no CoLT5-attention.
+    """
+    try:
+        import colt5_attention
+        from colt5_attention.vit import ConditionalRoutedViT
+    except ImportError as error:
+        raise ConversionError(f"colt5-attention must be installed to read its modules, got {error}") from error
+    arguments, classes = dict(arguments), {name: getattr(colt5_attention, name, None) for name in _KINDS}
+    classes |= {
+        "ConditionalRoutedCrossAttention": colt5_attention.transformer_block.ConditionalRoutedCrossAttention,
+        "ConditionalRoutedViT": ConditionalRoutedViT,
+    }
+    name = arguments.pop("class", None)
+    if name not in classes:
+        raise ConversionError(f'the arguments must hold "class", one of {", ".join(classes)}, got {name!r}')
+    try:
+        module = classes[name](**arguments)
+        module.load_state_dict(state)
+    except (TypeError, AssertionError, RuntimeError) as error:
+        raise ConversionError(f"the arguments must be those of the {name} that was saved, got: {error}") from error
+    return module.eval()
+
+
+def router_options(router: nn.Module) -> RouterOptions:
     if router.routing_token is None:
         raise ConversionError("a router must have its own routing_token, got learned_routing_tokens=True")
     if router.route_block_size is not None:
@@ -63,7 +100,7 @@ def _router_options(router: nn.Module) -> RouterOptions:
     )
 
 
-def _feed_forward_options(module: nn.Module) -> dict:
+def feed_forward_options(module: nn.Module) -> dict:
     return {
         "light_intermediate_size": module.light_ff[1].out_features,
         "heavy_intermediate_size": module.heavy_ff[1].out_features,
@@ -72,7 +109,7 @@ def _feed_forward_options(module: nn.Module) -> dict:
         "gated": False,
         "bias": True,
         "norm_eps": NORM_EPS,
-        "router_options": _router_options(module.router),
+        "router_options": router_options(module.router),
     }
 
 
@@ -89,11 +126,11 @@ def _heavy_options(module: nn.Module, queries: int, keys: int) -> dict:
         "null_query_token": module.null_q_token is not None,
         "null_key_value": True,
         "norm_eps": NORM_EPS,
-        "router_options": _router_options(module.q_router),
+        "router_options": router_options(module.q_router),
     }
 
 
-def _attention_options(module: nn.Module) -> dict:
+def attention_options(module: nn.Module) -> dict:
     light, heavy = module.light_attn, module.heavy_attn
     options = _heavy_options(module, module.num_heavy_tokens_q, module.num_heavy_tokens_kv)
     options |= {"heavy_heads": heavy.heads, "heavy_head_dim": heavy.null_kv.shape[-1]}
@@ -109,60 +146,59 @@ def _width(module: nn.Module) -> int:
     return module.heavy_attn.to_q.in_features
 
 
-def _attention(module: nn.Module) -> RoutedAttention:
-    return RoutedAttention(_width(module), **_self_attention_options(module))
+def _attention(module: nn.Module) -> BlockDescription:
+    return BlockDescription("RoutedAttention", _width(module), _self_attention_options(module))
 
 
 def _self_attention_options(module: nn.Module) -> dict:
     # Its buckets are half as wide as its window, and it sees that far to either side.
     radius = 1 if module.light_attn is None else module.light_attn.window_size
-    return {**_attention_options(module), "light_norm_type": "layer_norm", "radius": radius}
+    return {**attention_options(module), "light_norm_type": "layer_norm", "radius": radius}
 
 
-def _autoregressive(module: nn.Module) -> RoutedAutoregressiveAttention:
-    options = _attention_options(module)
+def _autoregressive(module: nn.Module) -> BlockDescription:
+    options = attention_options(module)
     window = module.heavy_window_size
     # Numbers of keys are those of a whole past there, and of a window here.
     options["num_routed_keys"] = min(options["num_routed_keys"], window)
-    return RoutedAutoregressiveAttention(
-        _width(module),
-        **options,
-        light_norm_type="layer_norm",
-        radius=2 * module.light_attn.window_size - 1,
-        routing_window=window,
-    )
+    options |= {
+        "light_norm_type": "layer_norm",
+        "radius": 2 * module.light_attn.window_size - 1,
+        "routing_window": window,
+    }
+    return BlockDescription("RoutedAutoregressiveAttention", _width(module), options)
 
 
-def _cross_attention(module: nn.Module) -> RoutedCrossAttention:
+def _cross_attention(module: nn.Module) -> BlockDescription:
     heavy = module.heavy_attn
     options = _heavy_options(module, module.num_tokens_q, module.num_tokens_kv)
-    return RoutedCrossAttention(_width(module), num_heads=heavy.heads, head_dim=heavy.null_kv.shape[-1], **options)
+    options |= {"num_heads": heavy.heads, "head_dim": heavy.null_kv.shape[-1]}
+    return BlockDescription("RoutedCrossAttention", _width(module), options)
 
 
-def _image_attention(module: nn.Module) -> RoutedImageAttention:
-    return RoutedImageAttention(
-        _width(module),
-        **_attention_options(module),
-        window_size=module.light_window_size,
-        channel_first=module.channel_first,
-        heavy_in_windows=True,
-    )
+def _image_attention(module: nn.Module) -> BlockDescription:
+    options = attention_options(module) | {
+        "window_size": module.light_window_size,
+        "channel_first": module.channel_first,
+        "heavy_in_windows": True,
+    }
+    return BlockDescription("RoutedImageAttention", _width(module), options)
 
 
-def _feed_forward(module: nn.Module) -> RoutedFeedForward:
-    return RoutedFeedForward(module.light_ff[1].in_features, **_feed_forward_options(module))
+def _feed_forward(module: nn.Module) -> BlockDescription:
+    return BlockDescription("RoutedFeedForward", module.light_ff[1].in_features, feed_forward_options(module))
 
 
-def _block(module: nn.Module) -> RoutedTransformerBlock:
+def _block(module: nn.Module) -> BlockDescription:
     attention, feed_forward = module.conditional_attn, module.conditional_ff
-    return RoutedTransformerBlock(
-        _width(attention),
-        attention=_self_attention_options(attention),
-        feed_forward=_feed_forward_options(feed_forward),
-    )
+    options = {
+        "attention": _self_attention_options(attention),
+        "feed_forward": feed_forward_options(feed_forward),
+    }
+    return BlockDescription("RoutedTransformerBlock", _width(attention), options)
 
 
-def _move_feed_forward(transfer: WeightTransfer, source: str, target: str, module: nn.Module) -> None:
+def move_feed_forward(transfer: WeightTransfer, source: str, target: str, module: nn.Module) -> None:
     transfer.move(f"{target}router.routing_vectors", f"{source}router.routing_token")
     for branch in ("light", "heavy"):
         transfer.move(f"{target}{branch}_norm.weight", f"{source}{branch}_ff.0.gamma")
@@ -170,7 +206,7 @@ def _move_feed_forward(transfer: WeightTransfer, source: str, target: str, modul
         transfer.move_linear(f"{target}{branch}_mlp.down_proj", f"{source}{branch}_ff.3")
 
 
-def _move_attention(transfer: WeightTransfer, source: str, target: str, module: nn.Module) -> None:
+def move_attention(transfer: WeightTransfer, source: str, target: str, module: nn.Module) -> None:
     if getattr(module, "light_attn", None) is not None:
         light = f"{target}light_attn."
         if f"{source}light_attn.norm.gamma" in transfer.source:
@@ -197,8 +233,8 @@ def _move_attention(transfer: WeightTransfer, source: str, target: str, module: 
 
 
 def _move_block(transfer: WeightTransfer, source: str, target: str, module: nn.Module) -> None:
-    _move_attention(transfer, "conditional_attn.", "self_attn.", module.conditional_attn)
-    _move_feed_forward(transfer, "conditional_ff.", "mlp.", module.conditional_ff)
+    move_attention(transfer, "conditional_attn.", "self_attn.", module.conditional_attn)
+    move_feed_forward(transfer, "conditional_ff.", "mlp.", module.conditional_ff)
 
 
 def _of_each_head(rows: Tensor, heads: int, part: int) -> Tensor:
@@ -207,10 +243,10 @@ def _of_each_head(rows: Tensor, heads: int, part: int) -> Tensor:
 
 
 _KINDS = {
-    "ConditionalRoutedFeedForward": (_feed_forward, _move_feed_forward),
-    "ConditionalRoutedAttention": (_attention, _move_attention),
-    "ConditionalRoutedAutoregressiveAttention": (_autoregressive, _move_attention),
-    "ConditionalRoutedCrossAttention": (_cross_attention, _move_attention),
-    "ConditionalRoutedImageAttention": (_image_attention, _move_attention),
+    "ConditionalRoutedFeedForward": (_feed_forward, move_feed_forward),
+    "ConditionalRoutedAttention": (_attention, move_attention),
+    "ConditionalRoutedAutoregressiveAttention": (_autoregressive, move_attention),
+    "ConditionalRoutedCrossAttention": (_cross_attention, move_attention),
+    "ConditionalRoutedImageAttention": (_image_attention, move_attention),
     "ConditionalRoutedTransformerBlock": (_block, _move_block),
 }

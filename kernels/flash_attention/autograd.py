@@ -1,9 +1,8 @@
 """Joins the forward and backward passes into one differentiable operation. No maths here.
 
 The two passes are custom operators, so that `torch.compile` and `torch.export` see one node each instead of loops over
-tiles. Defining them twice in a process (the package and a checkpoint's own copy) is harmless: the later definition
-replaces an equal one. `operands.py` has the signature that the passes of every backend share; the choice between the
-backends is the one `if` of `_passes`.
+tiles. `operands.py` has the signature that the passes of every backend share; the choice between the backends is the
+one `if` of `_passes`.
 """
 
 from contextlib import nullcontext
@@ -11,8 +10,11 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .eager import backward as eager_backward
 from .eager import forward as eager_forward
+from .eager_tiles import empty_output as eager_output
+from .flops import backward_flops, forward_flops
 from .operands import Gradients, Operands, Options, Wanted
 
 
@@ -23,6 +25,10 @@ except ImportError:  # without Triton, `resolve_backend` never answers "triton"
     triton_backward = triton_forward = None
 
 
+# Heads mostly come out of the last dimension of a projection, and their gradients go back there: a copy less.
+GRADIENT_FORMATS = {"eager": torch.preserve_format, "triton": torch.contiguous_format}
+
+
 def _passes(backend: str):
     """The forward and the backward function of a backend, `"eager"` or `"triton"`."""
     if backend == "triton":
@@ -30,7 +36,7 @@ def _passes(backend: str):
     return eager_forward, eager_backward
 
 
-@torch.library.custom_op("hf_efficient::flash_attention_forward", mutates_args=())
+@custom_operator("flash_attention_forward", flops=forward_flops)
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -62,11 +68,12 @@ def _forward(
 @_forward.register_fake
 def _(query, key, value, *rest):
     shape = query.shape[:3]
-    lse_dtype = torch.float64 if rest[-1] == "eager" else torch.float32
-    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=lse_dtype)
+    if rest[-1] == "eager":
+        return eager_output(query, value.shape[3]), query.new_empty(shape, dtype=torch.float64)
+    return query.new_empty(*shape, value.shape[3]), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("hf_efficient::flash_attention_backward", mutates_args=())
+@custom_operator("flash_attention_backward", flops=backward_flops)
 def _backward(
     grad_output: Tensor,
     grad_lse: Tensor,
@@ -101,7 +108,8 @@ def _backward(
     with torch.autocast(query.device.type, enabled=False):
         gradients = _passes(backend)[1](operands, options, output, lse, grad_output, grad_lse, wanted)
     # An operator returns tensors only: an empty one stands for "not wanted".
-    return tuple(query.new_empty(0) if g is None else g.contiguous() for g in gradients)
+    found = zip(gradients, (getattr(operands, name) for name in Gradients._fields), strict=True)
+    return tuple(query.new_empty(0) if g is None else _laid_out(g, t, backend) for g, t in found)
 
 
 @_backward.register_fake
@@ -114,7 +122,17 @@ def _(
     bias = distance_bias if grad_of_bias else None
     like = query, key, value, slopes, bias, memory_key, memory_value, sinks
     return tuple(
-        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=torch.contiguous_format) for t in like
+        query.new_empty(0) if t is None else torch.empty_like(t, memory_format=GRADIENT_FORMATS[backend]) for t in like
+    )
+
+
+def _laid_out(gradient: Tensor, operand: Tensor, backend: str) -> Tensor:
+    """The gradient with the strides that the operator promises: the eager path's are those of the operand."""
+    empty = torch.empty_like(operand, memory_format=GRADIENT_FORMATS[backend], device="meta")
+    return (
+        gradient
+        if gradient.stride() == empty.stride()
+        else gradient.new_empty_strided(empty.shape, empty.stride()).copy_(gradient)
     )
 
 

@@ -12,14 +12,19 @@ Logits are in base 2: exp2 takes a third of the time of exp.
 import torch
 from torch import Tensor
 
+from .eager_band import backward as band_backward
+from .eager_band import forward as band_forward
+from .eager_band import suits as is_band
 from .eager_tiles import (
     LOG2_E,
     bias_gradients,
     compute_logits,
+    empty_output,
     kept,
     keys_of,
     largest_tile,
     prepare,
+    put_rows,
     row_blocks,
     rows_of,
 )
@@ -31,7 +36,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
     query = operands.query
     if not (_has_lengths(operands) or query.numel() == 0):
         return _forward(operands, options)
-    output = query.new_zeros(*query.shape[:3], operands.value.shape[3])
+    output = empty_output(query, operands.value.shape[3]).zero_()
     lse = query.new_full(query.shape[:3], -torch.inf, dtype=torch.float64)
     for b, rows, columns in _lengths(operands):
         here = slice(b, b + 1), slice(None), slice(0, rows)
@@ -73,10 +78,18 @@ def backward(
 
 
 def _forward(operands, options, batch_row=0):
+    if is_band(operands, options):
+        return band_forward(operands, options)
     part = prepare(operands, options, batch_row)
     count, shared, length = part.query.shape[:3]
-    output = part.query.new_empty(count, shared, length, part.value.shape[2])
-    lse = part.query.new_empty(count, shared, length, dtype=torch.float64)
+    batch, heads = operands.query.shape[:2]
+    output = empty_output(part.query.view(batch, heads, length, -1), part.value.shape[2])
+    rows_out = (
+        output.view(count, shared, length, -1)
+        if batch == 1
+        else part.query.new_empty(count, shared, length, output.shape[3])
+    )
+    lse = part.query.new_empty(count, shared, length, 1, dtype=torch.float64)
     buffer = part.query.new_empty(largest_tile(part))
     sinks = None if operands.sinks is None else _per_row(operands.sinks, operands, part) * LOG2_E
     for block, tiles in row_blocks(part):
@@ -99,31 +112,30 @@ def _forward(operands, options, batch_row=0):
             accumulated.mul_(shrunk).baddbmm_(weights, value)
         maximum = torch.where(total == 0, -torch.inf, maximum)
         accumulated.div_(total.masked_fill(total == 0, 1).mul_(1 - options.dropout_p))
-        here = slice(block.start, block.stop), slice(None), slice(block.top, block.bottom)
-        output[here] = accumulated.view(output[here].shape)
-        lse[here] = ((maximum.double() + total.double().log2()) / LOG2_E).view(lse[here].shape)
-    batch, heads = operands.query.shape[:2]
-    output = output.view(batch, heads, length, output.shape[3]).flip(2).to(operands.query.dtype)
-    return output, lse.view(batch, heads, length).flip(2)
+        put_rows(rows_out, block, accumulated)
+        put_rows(lse, block, (maximum.double() + total.double().log2()) / LOG2_E)
+    if batch > 1:
+        output.copy_(rows_out.view(output.shape))
+    return output.to(operands.query.dtype), lse.view(batch, heads, length)
 
 
 def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, batch_row=0):
+    if is_band(operands, options):
+        return band_backward(operands, options, output, lse, grad_output, grad_lse, wanted)
     part = prepare(operands, options, batch_row)
     dtype, shape = part.query.dtype, part.query.shape
-    grad_output = grad_output.to(dtype)
-    delta = (grad_output * output).sum(-1)
-    delta = delta if grad_lse is None else delta - grad_lse
 
-    def reversed_rows(tensor):
-        return tensor.flip(2).reshape(*shape[:3], -1)
+    def per_row(tensor):
+        return tensor.reshape(*shape[:3], -1)
 
+    output, grad_output = per_row(output), per_row(grad_output)
+    grad_lse = None if grad_lse is None else per_row(grad_lse)
+    deltas = part.query.new_empty(*shape[:3], 1)
     # Weights are taken below a whole power of two, and the rest of the normaliser goes to what the rows are multiplied
     # with: the lse, rounded to float32, would be the largest error of all.
-    lse_2 = torch.where(lse == -torch.inf, 0, lse).double() * LOG2_E
+    lse_2 = per_row(torch.where(lse == -torch.inf, 0, lse).double() * LOG2_E)
     powers = lse_2.round()
-    rest = torch.exp2(powers - lse_2)
-    bases, deltas = reversed_rows(powers.to(dtype)), reversed_rows((delta * rest).to(dtype))
-    grads_in = reversed_rows(grad_output * (rest / (1 - options.dropout_p)).to(dtype)[..., None])
+    rest, bases = torch.exp2(powers - lse_2), powers.to(dtype)
 
     grad_query = torch.empty_like(part.query)
     grad_keys = tuple(torch.zeros_like(t) for t in (part.key, part.value))
@@ -135,7 +147,14 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
     skewed = part.query.new_zeros(0)
 
     for block, tiles in row_blocks(part):
-        rows, grad_rows, delta_rows, base = (rows_of(t, block) for t in (part.query, grads_in, deltas, bases))
+        rows, base, rest_rows = (rows_of(t, block) for t in (part.query, bases, rest))
+        grad_rows = rows_of(grad_output, block).to(dtype)
+        delta_rows = (grad_rows * rows_of(output, block)).sum(-1, keepdim=True)
+        if grad_lse is not None:
+            delta_rows = delta_rows - rows_of(grad_lse, block)
+        put_rows(deltas, block, delta_rows)
+        delta_rows = (delta_rows * rest_rows).to(dtype)
+        grad_rows.mul_((rest_rows / (1 - options.dropout_p)).to(dtype))
         grad_own = torch.zeros_like(rows)
         for tile in tiles:
             key, value = keys_of(part, tile)
@@ -159,8 +178,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
             if grad_bias is not None and not tile.memory:
                 by_row = slopes.view(tile.stop - tile.start, shape[1], tile.bottom - tile.top, tile.right - tile.left)
                 skewed = _add_along_distances(grad_bias[tile.start : tile.stop], by_row, tile.top + tile.left, skewed)
-        own = slice(block.start, block.stop), slice(None), slice(block.top, block.bottom)
-        grad_query[own] = grad_own.view(grad_query[own].shape)
+        put_rows(grad_query, block, grad_own.mul_(options.scale))
 
     def unflattened(tensor, operand, factor=1.0):
         tensor = tensor.view(*operands.key.shape[:2], *tensor.shape[1:]).mul_(factor)
@@ -173,9 +191,9 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
         slopes, table = bias_gradients(operands, grad_bias.view(*operands.query.shape[:2], -1))
     sinks = None
     if operands.sinks is not None:
-        sinks = -(torch.exp(operands.sinks.to(dtype)[:, None] - lse) * delta).sum((0, 2))
+        sinks = -(torch.exp(operands.sinks.to(dtype)[:, None] - lse) * deltas.view(lse.shape)).sum((0, 2))
     return Gradients(
-        grad_query.view(operands.query.shape).flip(2).mul_(options.scale),
+        grad_query.view(operands.query.shape),
         unflattened(grad_keys[0], operands.key, options.scale),
         unflattened(grad_keys[1], operands.value),
         slopes,

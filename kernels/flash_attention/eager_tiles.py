@@ -26,10 +26,10 @@ TILE_ELSEWHERE = 2**24
 class Part(NamedTuple):
     """A call, or a batch row of it cut to its lengths, in the dtype of the computation.
 
-    C counts batch and key heads together, U the query heads of a key head, N rows (in reverse), M keys.
+    C counts batch and key heads together, U the query heads of a key head, N rows, M keys.
 
     Attributes:
-        query: `[C, U, N, D]`.
+        query: `[C, U, N, D]`, in the order given; `rows_of` and `put_rows` turn it around.
         key, value: `[C, M, D]`, `[C, M, V]`; zeros at masked keys.
         memory_key, memory_value: `[C, R, D]`, `[C, R, V]`, R may be 0.
         bias: `[C, U, N + M - 1]` over t, times `logit_factor`, or None.
@@ -103,7 +103,7 @@ def prepare(operands: Operands, options: Options, batch_row: int = 0) -> Part:
     nothing = (key.new_empty(batch, key_heads, 0, size), value.new_empty(batch, key_heads, 0, value.shape[3]))
     memory = nothing if operands.memory_key is None else (operands.memory_key, operands.memory_value)
     return Part(
-        query.to(dtype).flip(2).reshape(batch * key_heads, shared, length, size),
+        query.to(dtype).reshape(batch * key_heads, shared, length, size),
         flat(key), flat(value), flat(memory[0]), flat(memory[1]), bias, mask, edges, first, last, row_keys, options,
         logit_factor,
     )  # fmt: skip
@@ -187,6 +187,12 @@ def _rows_alone(part):
     return not torch.isfinite(part.query.sum() + part.key.sum() + part.value.sum())
 
 
+def empty_output(query: Tensor, size: int) -> Tensor:
+    """`[B, H, N, size]` like `query` `[B, H, N, D]`, the heads of a row side by side: as a projection wants it."""
+    batch, heads, length = query.shape[:3]
+    return query.new_empty(batch, length, heads, size).transpose(1, 2)
+
+
 def keys_of(part: Part, tile: Tile) -> tuple[Tensor, Tensor]:
     """Keys and values of a tile, `[c, columns, D]` and `[c, columns, V]`."""
     key, value = (part.memory_key, part.memory_value) if tile.memory else (part.key, part.value)
@@ -195,9 +201,17 @@ def keys_of(part: Part, tile: Tile) -> tuple[Tensor, Tensor]:
 
 
 def rows_of(tensor: Tensor, tile: Tile) -> Tensor:
-    """The rows of a tile out of `[C, U, N, ·]`, as `[c, U · rows, ·]`."""
-    part = tensor[tile.start : tile.stop, :, tile.top : tile.bottom]
+    """A copy of the rows of a tile out of `[C, U, N, ·]`, in reverse, as `[c, U · rows, ·]`."""
+    length = tensor.shape[2]
+    part = tensor[tile.start : tile.stop, :, length - tile.bottom : length - tile.top].flip(2)
     return part.reshape(part.shape[0], -1, part.shape[-1])
+
+
+def put_rows(tensor: Tensor, tile: Tile, rows: Tensor) -> None:
+    """Write what stands in the form of `rows_of` back to its place in `[C, U, N, ·]`."""
+    length = tensor.shape[2]
+    place = tensor[tile.start : tile.stop, :, length - tile.bottom : length - tile.top]
+    place.copy_(rows.view(place.shape[0], place.shape[1], -1, place.shape[3]).flip(2))
 
 
 def compute_logits(part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:

@@ -1,19 +1,19 @@
 """Joins the chunked forward and backward passes into one differentiable operation. No maths here.
 
 The two passes are custom operators, so that `torch.compile` and `torch.export` see one node each instead of a loop
-over chunks that they would unroll. Defining them twice in a process (the package and a checkpoint's own copy) is
-harmless: the later definition replaces an equal one.
+over chunks that they would unroll.
 """
 
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .eager import CAUSAL_CHUNK, bidirectional_backward, bidirectional_forward, causal_backward, causal_forward
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_forward", mutates_args=())
+@custom_operator("linear_attention_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -74,7 +74,7 @@ def _(
     )
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_backward", mutates_args=())
+@custom_operator("linear_attention_backward")
 def _backward(
     grad_output: Tensor,
     grad_key_value: Tensor,

@@ -8,6 +8,7 @@ shapes of an operator's outputs may not depend on the numbers in `cu_seqlens`.
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .eager import bidirectional_backward, bidirectional_forward, causal_backward, causal_forward
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
@@ -73,7 +74,7 @@ def _packed_backward(grad_output, grad_state, query, key, value, feature_map, wa
     return *grads, *grads_of_sums, *parameters
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_packed_forward", mutates_args=())
+@custom_operator("linear_attention_packed_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -104,7 +105,7 @@ def _(query, key, value, key_value, key_sum, log_scale, *_):
     return key_value.new_empty(*query.shape[:3], value.shape[-1]), *parts
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_packed_backward", mutates_args=())
+@custom_operator("linear_attention_packed_backward")
 def _backward(
     grad_output: Tensor,
     grad_key_value: Tensor,

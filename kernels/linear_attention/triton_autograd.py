@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 
+from ..custom_operator import custom_operator
 from .feature_maps import EXPONENTIAL, FeatureMap
 from .state import LinearAttentionState
 
@@ -15,7 +16,7 @@ except ImportError:
     backward = decode = forward = None
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_triton_forward", mutates_args=())
+@custom_operator("linear_attention_triton_forward")
 def _forward(
     query: Tensor,
     key: Tensor,
@@ -57,7 +58,7 @@ def _(
     )
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_triton_backward", mutates_args=())
+@custom_operator("linear_attention_triton_backward")
 def _backward(
     grad_output: Tensor,
     grad_key_value: Tensor,
@@ -161,7 +162,7 @@ def linear_attention_triton(
     return output, LinearAttentionState(*new_state)
 
 
-@torch.library.custom_op("hf_efficient::linear_attention_triton_decode", mutates_args=())
+@custom_operator("linear_attention_triton_decode")
 def _decode(
     query: Tensor,
     key: Tensor,

@@ -261,12 +261,6 @@ SKIPS = (
         classes="CoLT5.*",
     ),
     Skip(
-        tests="test_(tied_head_has_a_tp_plan_entry|tp_plan_matches_params)",
-        raised="does not have a TP plan",
-        reason="a routed model has no tensor-parallel plan yet",
-        classes="CoLT5.*",
-    ),
-    Skip(
         tests="test_(training|training_gradient_checkpointing.*|enable_input_require_grads_with_gradient_checkpointing)",
         raised="not configured to run training tests|is_training",
         reason="about models with a loss",

@@ -16,7 +16,7 @@ from hf_efficient import (
 )
 from hf_efficient.modeling.colt5_stacks import CoLT5CausalDecoder
 
-from .harness import CommonTests, EncoderDecoderTester, GenerativeTests, TextTester
+from .harness import CausalTests, CommonTests, EncoderDecoderTester, GenerativeTests, TextTester
 
 
 SIZES = {
@@ -76,7 +76,7 @@ class CausalTester(TextTester):
     causal_lm_class = CoLT5ForCausalLM
 
 
-class CoLT5CausalTest(GenerativeTests, unittest.TestCase):
+class CoLT5CausalTest(CausalTests, unittest.TestCase):
     tester = CausalTester
     has_attentions = False
 
