@@ -4,7 +4,8 @@
 #   make test     checks style, then runs every test
 #   make lint     the style checks alone; `make format` applies what they ask for
 #   make bench    speed and memory beside the peer libraries
-#   make compat   a smoke test at the lower ends of the supported version ranges
+#   make matrix   runs what docs/matrix.md is about and writes it anew
+#   make compat   a smoke test of every head at both ends of the supported version ranges
 #   make gpu      on a machine with a GPU: kernel tests and benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3
@@ -16,14 +17,14 @@ PEERS  := $(VENV)/.peers-installed
 # constraints.txt pins builds for the CPU: a GPU machine has its own Python with torch, Triton and pytest.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test lint format bench compat gpu
+.PHONY: demo test lint format bench matrix compat gpu
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
 	$(RUN) scripts/demo.py
 
 test: lint
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist worksteal
 
 lint: $(STAMP)
 	$(RUN) -m ruff format --check
@@ -35,6 +36,9 @@ format: $(STAMP)
 
 bench: $(PEERS)
 	$(RUN) scripts/benchmark.py
+
+matrix: $(STAMP)
+	$(RUN) -m pytest -n 2 -m matrix --write-matrix
 
 compat: $(STAMP)
 	$(RUN) scripts/compat.py

@@ -6,6 +6,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .model_card import ArchitectureFacts
 from .self_contained import SelfContainedConfig
 
 
@@ -76,6 +77,24 @@ class CoLT5Config(SelfContainedConfig):
     """
 
     model_type = "colt5"
+    architecture_facts = ArchitectureFacts(
+        description="A CoLT5: every token goes through a light branch, those that a learned router picks also "
+        "through a heavy one, so that long inputs cost little.",
+        limits="The routers decide which tokens are looked at closely; they pick as many of a text that needs "
+        "more as of one that needs less. Content beyond what it was trained on is beyond what it knows.",
+        arxiv="2303.09752",
+        citation="""
+@inproceedings{ainslie2023colt5,
+  title     = {{CoLT5}: Faster Long-Range Transformers with Conditional Computation},
+  author    = {Ainslie, Joshua and Lei, Tao and de Jong, Michiel and Onta{\\~n}{\\'o}n, Santiago and Brahma, Siddhartha
+               and Zemlyanskiy, Yury and Uthus, David and Guo, Mandy and Lee-Thorp, James and Tay, Yi and
+               Sung, Yun-Hsuan and Sanghai, Sumit},
+  booktitle = {Conference on Empirical Methods in Natural Language Processing},
+  year      = {2023},
+  url       = {https://arxiv.org/abs/2303.09752}
+}
+""",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers"}
     # The feed-forwards, five sixths of a layer's weights and work. Attention stays whole: its heads share position

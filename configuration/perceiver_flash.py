@@ -7,6 +7,7 @@ from typing import Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .model_card import ArchitectureFacts
 from .self_contained import SelfContainedConfig
 
 
@@ -148,6 +149,23 @@ class PerceiverFlashConfig(SelfContainedConfig):
     """
 
     model_type = "perceiver_flash"
+    architecture_facts = ArchitectureFacts(
+        description="A Perceiver: a small array of latents reads the input by cross-attention, and all depth is among "
+        "the latents.",
+        limits="Everything that is read passes through the latents, whose number bounds what they can hold. Content "
+        "beyond what it was trained on is beyond what it knows.",
+        arxiv="2103.03206",
+        citation="""
+@inproceedings{jaegle2021perceiver,
+  title     = {Perceiver: General Perception with Iterative Attention},
+  author    = {Jaegle, Andrew and Gimeno, Felix and Brock, Andrew and Zisserman, Andrew and Vinyals, Oriol and
+               Carreira, Jo{\\~a}o},
+  booktitle = {International Conference on Machine Learning},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2103.03206}
+}
+""",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_latents": "hidden_size"}
     base_model_tp_plan = {

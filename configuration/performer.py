@@ -7,6 +7,7 @@ from typing import Any, Literal
 
 from huggingface_hub.dataclasses import strict
 
+from .model_card import ArchitectureFacts
 from .self_contained import SelfContainedConfig
 
 
@@ -131,6 +132,24 @@ class PerformerConfig(SelfContainedConfig):
     """
 
     model_type = "performer"
+    architecture_facts = ArchitectureFacts(
+        description="A Performer: a Transformer whose attention costs time and memory linear in the input's length.",
+        limits="Attention through random features approximates softmax attention, and worst where few tokens take all "
+        "the weight: exact recall over long distances is better left to a hybrid with softmax layers. Positions and "
+        "content beyond what it was trained on are beyond what it knows.",
+        arxiv="2009.14794",
+        citation="""
+@inproceedings{choromanski2021rethinking,
+  title     = {Rethinking Attention with Performers},
+  author    = {Choromanski, Krzysztof and Likhosherstov, Valerii and Dohan, David and Song, Xingyou and Gane, Andreea
+               and Sarlos, Tamas and Hawkins, Peter and Davis, Jared and Mohiuddin, Afroz and Kaiser, Lukasz and
+               Belanger, David and Colwell, Lucy and Weller, Adrian},
+  booktitle = {International Conference on Learning Representations},
+  year      = {2021},
+  url       = {https://arxiv.org/abs/2009.14794}
+}
+""",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size"}
     base_model_tp_plan = {

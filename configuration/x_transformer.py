@@ -7,6 +7,7 @@ from typing import Any, Literal
 from huggingface_hub.dataclasses import strict
 
 from .encoder_decoder_parts import part_of
+from .model_card import ArchitectureFacts
 from .x_transformer_inputs import XTransformerInputsConfig
 from .x_transformer_rules import (
     check_at_least,
@@ -56,6 +57,8 @@ class XTransformerConfig(XTransformerInputsConfig):
         embedding_dropout (`float`, defaults to 0): dropout on that sum.
         num_memory_tokens (`int`, defaults to 0): learned tokens in front of the sequence, which every token sees
             (arXiv 2006.11527).
+        num_cls_tokens (`int`, defaults to 0): learned tokens behind those, of an encoder, whose states
+            `classifier_pooling="cls"` reads (arXiv 1810.04805).
 
     **Positions** (any of the three may be combined)
 
@@ -146,6 +149,10 @@ class XTransformerConfig(XTransformerInputsConfig):
         value_gate_per_head (`bool`, defaults to `False`): that gate for each head.
         value_gate_bias (`bool`, defaults to `False`): that gate with a bias, which starts at 10: open.
         attention_on_attention (`bool`, defaults to `False`): a GLU as output projection (arXiv 1908.06954).
+        mem_len (`int`, defaults to 0): how many states of earlier segments each block remembers (arXiv 1901.02860),
+            see `segment_memory` of `forward`. Not with absolute positions, memory tokens or token shifts.
+        attention_z_loss_coef (`float`, defaults to 0): factor of a penalty on the softmax' denominators
+            (arXiv 2202.08906), which `XTransformerForCausalLM` adds to its loss.
         masked_key_probability (`float`, defaults to 0): share of the tokens (never the first) that no token sees in a
             training step (arXiv 2210.13432).
 
@@ -172,8 +179,8 @@ class XTransformerConfig(XTransformerInputsConfig):
         encoder_overrides (`dict`, *optional*): fields in which the encoder of an encoder–decoder differs.
         share_embeddings (`bool`, defaults to `False`): encoder and decoder of an encoder–decoder share their token
             table.
-        classifier_pooling (`str`, defaults to `"mean"`): `"mean"`, `"first"` or `"last"` real token, for sequence
-            classification.
+        classifier_pooling (`str`, defaults to `"mean"`): `"mean"`, `"first"` or `"last"` real token, or the `"cls"`
+            tokens (logits for each, where there are several), for sequence classification.
         classifier_dropout (`float`, defaults to 0): dropout before a classification head.
         lm_head_bias (`bool`, defaults to `False`): bias of the language modelling head.
         logit_scale (`float`, defaults to 1): factor of its logits.
@@ -187,6 +194,22 @@ class XTransformerConfig(XTransformerInputsConfig):
     """
 
     model_type = "x_transformer"
+    architecture_facts = ArchitectureFacts(
+        description="An XTransformer: a Transformer whose parts are chosen one by one by its configuration.",
+        limits="Time grows with the square of the length, unless a window limits what is seen. Positions and content "
+        "beyond what it was trained on are beyond what it knows.",
+        arxiv="1706.03762",
+        citation="""
+@inproceedings{vaswani2017attention,
+  title     = {Attention Is All You Need},
+  author    = {Vaswani, Ashish and Shazeer, Noam and Parmar, Niki and Uszkoreit, Jakob and Jones, Llion and
+               Gomez, Aidan N. and Kaiser, {\\L}ukasz and Polosukhin, Illia},
+  booktitle = {Advances in Neural Information Processing Systems},
+  year      = {2017},
+  url       = {https://arxiv.org/abs/1706.03762}
+}
+""",
+    )
     keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size"}
     base_model_tp_plan = {
@@ -216,6 +239,7 @@ class XTransformerConfig(XTransformerInputsConfig):
     embedding_norm: bool = False
     embedding_dropout: float | int = 0.0
     num_memory_tokens: int = 0
+    num_cls_tokens: int = 0
     # Positions
     absolute_positions: Literal["learned", "scaled_sinusoidal"] | None = None
     rotary_positions: Literal["rope", "xpos"] | None = "rope"
@@ -278,6 +302,8 @@ class XTransformerConfig(XTransformerInputsConfig):
     value_gate_per_head: bool = False
     value_gate_bias: bool = False
     attention_on_attention: bool = False
+    mem_len: int = 0
+    attention_z_loss_coef: float | int = 0.0
     masked_key_probability: float | int = 0.0
     # Feed-forward
     hidden_act: str = "gelu"
@@ -296,7 +322,7 @@ class XTransformerConfig(XTransformerInputsConfig):
     encoder_token_dropout: float | int = 0.0
     encoder_overrides: dict[str, Any] | None = None
     share_embeddings: bool = False
-    classifier_pooling: Literal["mean", "first", "last"] = "mean"
+    classifier_pooling: Literal["mean", "first", "last", "cls"] = "mean"
     classifier_dropout: float | int = 0.0
     lm_head_bias: bool = False
     logit_scale: float | int = 1.0
@@ -368,6 +394,11 @@ class XTransformerConfig(XTransformerInputsConfig):
         return list(range(self.num_hidden_layers)) if order is None else order
 
     @property
+    def num_prefix_tokens(self) -> int:
+        """Learned tokens in front of a sequence."""
+        return self.num_memory_tokens + self.num_cls_tokens
+
+    @property
     def keeps_prefix(self) -> bool:
         """Whether a cache has to know of more than keys and values of tokens."""
         return bool(self.num_memory_tokens or self.shifts_tokens or self.prepend_embeddings)
@@ -375,7 +406,7 @@ class XTransformerConfig(XTransformerInputsConfig):
     @property
     def layer_types(self) -> list[str]:
         """The cache layer of each block, by transformers' names."""
-        if (self.is_decoder or self.is_encoder_decoder) and self.keeps_prefix:
+        if (self.is_decoder or self.is_encoder_decoder) and (self.keeps_prefix or self.mem_len):
             kind = PREFIX_LAYER_TYPE
         elif self.sliding_window is None or self.is_encoder_decoder or self.add_cross_attention:
             # The cache of cross-attention has the same types, and must not slide.

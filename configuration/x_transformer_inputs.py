@@ -13,6 +13,8 @@ from .x_transformer_rules import check_at_least, refuse
 @strict
 class XTransformerInputsConfig(SelfContainedConfig):
     r"""
+    What an XTransformer reads in place of tokens, or beside them. `XTransformerConfig` has these fields too.
+
     **Images** (`XTransformerForImageClassification`, `XTransformerForImageTextToText`)
 
     Args:
@@ -122,7 +124,8 @@ class XTransformerInputsConfig(SelfContainedConfig):
             wanted, name = self.encoder_config().token_size, "the width of the text encoder's embeddings"
         else:
             wanted, name = self.encoder_state_size, "cross_attention_hidden_size"
-            if self.encoder_overrides:
-                refuse(self, "encoder_overrides", "image_fusion='prepended'", "a captioner has no encoder of text")
+            for of_text in ("encoder_overrides", "share_embeddings"):
+                if getattr(self, of_text):
+                    refuse(self, of_text, "image_fusion='prepended'", "a captioner has no encoder of text")
         if size != wanted:
             raise ValueError(f"the image encoder's hidden_size must be {name} ({wanted}), got {size}")

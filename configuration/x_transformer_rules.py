@@ -41,7 +41,8 @@ def check_sizes(config) -> None:
     check_at_least(config, 1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
     check_at_least(config, 1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
     check_at_least(config, 1, "num_residual_streams", "sinkhorn_iterations")
-    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values")
+    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "num_cls_tokens")
+    check_at_least(config, 0, "mem_len")
     check_at_least(config, 0, "chunk_size_feed_forward", "sliding_window_ahead")
     for name in (
         "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
@@ -109,6 +110,26 @@ def check_attention(config) -> None:
         refuse(config, "value_gate_per_head", "value_gate_rank=None", "a gate per head has no bottleneck")
     if config.attention_on_attention and config.attention_out_bias:
         refuse(config, "attention_on_attention", "attention_out_bias=False", "the GLU takes the projection's place")
+    if config.attention_z_loss_coef < 0:
+        raise ValueError(f"attention_z_loss_coef must be at least 0, got {config.attention_z_loss_coef}")
+    if config.attention_z_loss_coef and config.is_encoder_decoder:
+        refuse(
+            config, "attention_z_loss_coef", "is_encoder_decoder=False", "only the causal model adds it to its loss"
+        )
+    if config.mem_len:
+        if config.absolute_positions is not None:
+            refuse(config, "mem_len", "absolute_positions=None", "they begin anew in each segment")
+        for name in ("num_memory_tokens", "num_cls_tokens", "prepend_embeddings"):
+            if getattr(config, name):
+                refuse(config, name, "mem_len=0", "each segment would remember those of the last")
+        if config.shifts_tokens:
+            refuse(config, "mem_len", "shift_tokens=0", "a segment's first tokens would not know their neighbours")
+        if config.prefix_lm:
+            refuse(config, "mem_len", "prefix_lm=False", "a prefix stands in the first segment")
+        if config.masked_key_probability:
+            refuse(config, "mem_len", "masked_key_probability=0", "it hides tokens of one segment")
+        if config.is_encoder_decoder:
+            refuse(config, "mem_len", "is_encoder_decoder=False", "its decoder begins anew with each source")
     if config.sliding_window_ahead is not None and config.sliding_window is None:
         refuse(config, "sliding_window_ahead", "sliding_window", "without a window everything is seen")
     if config.kernel_backend == "triton" and config.materializes_scores:
@@ -190,6 +211,8 @@ def check_kind(config) -> None:
                 f"cross_attention_hidden_size must be the encoder's hidden_size ({size}), got "
                 f"{config.encoder_state_size}"
             )
+    if config.classifier_pooling == "cls" and not config.num_cls_tokens:
+        refuse(config, "classifier_pooling", "num_cls_tokens above 0", "there is no token to read")
     if config.share_embeddings and config.is_encoder_decoder:
         for name in ("vocab_size", "embedding_size"):
             other = (config.encoder_overrides or {}).get(name, getattr(config, name))
@@ -207,9 +230,17 @@ def check_stack(config) -> None:
     if config.is_encoder_decoder:
         refuse(config, "is_encoder_decoder", "XTransformerForConditionalGeneration", "this model is one stack")
     if config.is_decoder:
+        if config.num_cls_tokens:
+            refuse(
+                config, "num_cls_tokens", "is_decoder=False", "in front of a causal sequence they see nothing of it"
+            )
         if config.cross_attention_only:
             refuse(config, "cross_attention_only", "is_decoder=False", "without self-attention nothing is causal")
         return
+    if config.attention_z_loss_coef:
+        refuse(config, "attention_z_loss_coef", "is_decoder=True", "only the causal model adds it to its loss")
+    if config.cross_attention_only and config.mem_len:
+        refuse(config, "mem_len", "cross_attention_only=False", "self-attention is what remembers")
     if config.rotary_positions == "xpos":
         refuse(config, "rotary_positions", "is_decoder=True", "its decay grows without bound for later keys")
     if config.prefix_lm:

@@ -28,10 +28,10 @@ if _TYPE_CHECKING:
     from .modeling.colt5 import CoLT5EncoderModel as CoLT5EncoderModel
     from .modeling.colt5 import CoLT5ForCausalLM as CoLT5ForCausalLM
     from .modeling.colt5 import CoLT5ForConditionalGeneration as CoLT5ForConditionalGeneration
-    from .modeling.colt5 import CoLT5ForImageClassification as CoLT5ForImageClassification
     from .modeling.colt5 import CoLT5ForQuestionAnswering as CoLT5ForQuestionAnswering
     from .modeling.colt5 import CoLT5ForSequenceClassification as CoLT5ForSequenceClassification
     from .modeling.colt5 import CoLT5Model as CoLT5Model
+    from .modeling.colt5_images import CoLT5ForImageClassification as CoLT5ForImageClassification
     from .modeling.perceiver_flash import PerceiverFlashForCausalLM as PerceiverFlashForCausalLM
     from .modeling.perceiver_flash import PerceiverFlashForImageClassification as PerceiverFlashForImageClassification
     from .modeling.perceiver_flash import PerceiverFlashForMaskedLM as PerceiverFlashForMaskedLM

@@ -43,7 +43,7 @@ ARCHITECTURES: dict[str, Architecture] = {
             "AutoModelForCausalLM": "modeling.colt5:CoLT5ForCausalLM",
             "AutoModelForSequenceClassification": "modeling.colt5:CoLT5ForSequenceClassification",
             "AutoModelForQuestionAnswering": "modeling.colt5:CoLT5ForQuestionAnswering",
-            "AutoModelForImageClassification": "modeling.colt5:CoLT5ForImageClassification",
+            "AutoModelForImageClassification": "modeling.colt5_images:CoLT5ForImageClassification",
         },
     ),
     "performer": Architecture(

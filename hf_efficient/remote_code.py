@@ -28,7 +28,8 @@ from .registry import ARCHITECTURES, Architecture
 
 logger = logging.getLogger(__name__)
 
-# What every machine that runs transformers with torch has. Anything else is optional and has to stand in a `try`.
+# What every machine that runs transformers with torch has (transformers requires numpy). Anything else is optional and
+# has to stand in a `try`.
 REQUIRED_PACKAGES = sys.stdlib_module_names | {"huggingface_hub", "numpy", "safetensors", "torch", "transformers"}
 
 # How transformers finds the files of a checkpoint, docstrings and comments included (dynamic_module_utils.py).
@@ -73,40 +74,56 @@ def write_code(config, save_directory: str | os.PathLike) -> None:
             save_directory,
         )
         return
-    files = flatten(architecture)
+    models, files = travelling(architecture, getattr(config, "architectures", None) or ())
     if os.path.isfile(save_directory):
         raise NotADirectoryError(f"save_directory must be a folder, got the file {os.fspath(save_directory)!r}")
     os.makedirs(save_directory, exist_ok=True)
     _write_all(files, Path(save_directory))
-    config.auto_map = (getattr(config, "auto_map", None) or {}) | auto_map(architecture)
+    ours = set(auto_map(architecture, architecture.models).values())
+    others = {
+        auto_class: reference
+        for auto_class, reference in (getattr(config, "auto_map", None) or {}).items()
+        if not (isinstance(reference, str) and reference.rpartition("--")[2] in ours)
+    }
+    config.auto_map = others | auto_map(architecture, models)
 
 
-def auto_map(architecture: Architecture) -> dict[str, str]:
-    """Auto class -> "file.Class", for the configuration and every model of the architecture."""
-    references = {"AutoConfig": architecture.config} | architecture.models
+def auto_map(architecture: Architecture, models: dict[str, str]) -> dict[str, str]:
+    """Auto class -> "file.Class", for the configuration and these models (Auto class -> reference) of it."""
+    references = {"AutoConfig": architecture.config} | models
     return {auto_class: reference.replace(".", "_").replace(":", ".") for auto_class, reference in references.items()}
 
 
-def flatten(architecture: Architecture) -> dict[str, str]:
-    """File name -> contents of everything the architecture's classes need."""
-    config_module = architecture.config.partition(":")[0]
-    model_classes = dict(reference.split(":") for reference in architecture.models.values())  # one class per module
+def travelling(architecture: Architecture, class_names=()) -> tuple[dict[str, str], dict[str, str]]:
+    """What a saved model of one of these classes takes along: models (Auto class -> reference), files (name -> text).
 
-    files: dict[str, str] = {}
+    That is the files which it needs, and the other models that stand in them: so a pretrained body can be loaded with
+    another head. For a class that the table does not know, or none, it is everything.
+    """
+    everything = [*architecture.models.values(), *architecture.others]
+    own = [reference for reference in everything if reference.rpartition(":")[2] in class_names]
+    config_module = architecture.config.partition(":")[0]
+    roots = [config_module, *dict.fromkeys(reference.partition(":")[0] for reference in own or everything)]
+
+    texts: dict[str, str] = {}  # by the module's name
     origins: dict[str, str] = {}
-    to_do = [config_module, *model_classes]
+    to_do = roots
     while to_do:
         module = _find(to_do.pop())
         if origins.setdefault(module.flat_name, module.name) != module.name:
             raise RemoteCodeError(f"{origins[module.flat_name]} and {module.name} would both be {module.flat_name}.py")
-        if f"{module.flat_name}.py" in files:
+        if module.name in texts:
             continue
-        text, needed = _flatten_module(module)
-        if module.name == config_module:
-            text += _name_the_models(model_classes)
-        files[f"{module.flat_name}.py"] = text
+        texts[module.name], needed = _flatten_module(module)
         to_do.extend(needed)
-    return files
+
+    models = {
+        auto_class: reference
+        for auto_class, reference in architecture.models.items()
+        if reference.partition(":")[0] in texts
+    }
+    texts[config_module] += _name_the_models(dict(reference.split(":") for reference in models.values()))
+    return models, {f"{name.replace('.', '_')}.py": text for name, text in texts.items()}
 
 
 def _find(name: str) -> _Module:

@@ -77,6 +77,21 @@ def _driver_problem() -> str | None:
     return None
 
 
+def is_observed(*tensors: Tensor) -> bool:
+    """Whether something looks on that has to see one operator where plain Python would compute with the numbers.
+
+    That is a compiler, a tracer, a function transform, a dispatch mode, or a subclass of tensors. Calling an operator
+    that is defined in Python costs tens of microseconds, so eager code goes without wherever nobody looks.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or torch.jit.is_tracing()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._are_functorch_transforms_active()
+        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+    )
+
+
 def gpu_architecture() -> str:
     """The architecture whose launch tables this machine uses: `"sm_80"`, `"sm_90"`, `"gfx942"` or `"interpreter"`.
 

@@ -7,10 +7,19 @@ import tempfile
 from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
+from ..configuration.model_card import DescribesItself
 
-class CheckedPreTrainedModel(PreTrainedModel):
+
+class CheckedPreTrainedModel(DescribesItself, PreTrainedModel):
     """`PreTrainedModel` whose `from_pretrained` names a broken weight file's folder, and whose `save_pretrained`
-    refuses a place that cannot be written to before it writes anything."""
+    refuses a place that cannot be written to before it writes anything.
+
+    Every model here keeps its body in `model` and checkpoints its blocks.
+    """
+
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _skip_keys_device_placement = ["past_key_values"]
 
     def init_parallel_plans(self) -> None:
         """A configuration's plans name all that its models may have; keep the entries for what this model has."""
@@ -21,11 +30,14 @@ class CheckedPreTrainedModel(PreTrainedModel):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *model_args, **kwargs):
-        """As in transformers.
+        """As in transformers, but that pickled weights (`pytorch_model.bin`) are read only with
+        `use_safetensors=False`.
 
         Raises:
+            OSError: there are no safetensors.
             ValueError: the weights are truncated or no safetensors file at all.
         """
+        kwargs.setdefault("use_safetensors", True)
         try:
             return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
         except SafetensorError as error:

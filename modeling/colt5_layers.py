@@ -16,7 +16,6 @@ from .routed_attention import RoutedAttention
 from .routed_autoregressive_attention import RoutedAutoregressiveAttention
 from .routed_cache import RoutedStateLayer
 from .routed_feed_forward import FeedForwardShape, RoutedFeedForward
-from .routed_image_attention import RoutedImageAttention
 from .token_router import RouterOptions
 
 
@@ -125,28 +124,8 @@ class CoLT5CausalLayer(GradientCheckpointingLayer):
         routing, history = router(hidden_states, self.mlp.num_routed, new, before)
         if past is not None:
             past.remember("feed_forward", history, max(router.window - 1, 1))
-            past.count(length)
+            past.count(hidden_states)
         return hidden_states + self.dropout(self.mlp.add_heavy(hidden_states, routing))
-
-
-class CoLT5ImageLayer(GradientCheckpointingLayer):
-    """`CoLT5EncoderLayer` over a map of patches, with the heavy attention over the whole map."""
-
-    def __init__(self, config: CoLT5Config):
-        super().__init__()
-        self.self_attn = RoutedImageAttention(
-            config.hidden_size,
-            window_size=config.image_window_size,
-            heavy_in_windows=config.heavy_attention_in_windows,
-            **attention_options(config),
-        )
-        self.mlp = RoutedFeedForward(config.hidden_size, **feed_forward_options(config))
-        self.dropout = nn.Dropout(config.dropout_rate)
-
-    def forward(self, maps: Tensor) -> Tensor:
-        """`[B, height, width, C]`."""
-        maps = maps + self.dropout(self.self_attn(maps))
-        return maps + self.dropout(self.mlp(maps.flatten(1, 2)).view(maps.shape))
 
 
 class DecoderAttention(nn.Module):

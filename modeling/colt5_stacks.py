@@ -1,4 +1,4 @@
-"""The stacks of blocks that the classes of CoLT5 are made of: encoder, decoder, causal decoder, image encoder."""
+"""The stacks of blocks that the classes of CoLT5 are made of: encoder, decoder and causal decoder."""
 
 from dataclasses import dataclass
 from typing import Unpack
@@ -14,15 +14,19 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.colt5 import CoLT5Config
 from .checked_model import CheckedPreTrainedModel
-from .colt5_layers import CoLT5CausalLayer, CoLT5DecoderLayer, CoLT5EncoderLayer, CoLT5ImageLayer
+from .colt5_layers import CoLT5CausalLayer, CoLT5DecoderLayer, CoLT5EncoderLayer
 from .heavy_attention import HeavyAttention
-from .image_patches import PatchEmbedding, sincos_positions
 from .input_checks import check_attention_mask, check_inputs
 from .norms import make_norm
 from .relative_position_bias import RelativePositionBias
 from .routed_cache import RoutedStateLayer
 from .token_router import Routing, TokenRouter
 
+
+# Which part of the whole a class is.
+ENCODER_ONLY = {"is_encoder_decoder": False, "is_decoder": False}
+CAUSAL = {"is_encoder_decoder": False, "is_decoder": True}
+ENCODER_DECODER = {"is_encoder_decoder": True, "is_decoder": False}
 
 # Every router's decisions, in the order in which a block makes them: queries, keys, feed-forward.
 ROUTER_RECORDER = OutputRecorder(TokenRouter, index=0)
@@ -51,10 +55,7 @@ class CoLT5PreTrainedModel(CheckedPreTrainedModel):
     """
 
     config: CoLT5Config
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["CoLT5EncoderLayer", "CoLT5DecoderLayer", "CoLT5CausalLayer", "CoLT5ImageLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _can_record_outputs = {}
     _can_compile_fullgraph = True
 
@@ -237,42 +238,3 @@ class CoLT5CausalDecoder(RoutedStack):
         return RoutedModelOutputWithPast(
             last_hidden_state=self.dropout(self.norm(hidden_states)), past_key_values=past_key_values
         )
-
-
-class CoLT5ImageEncoder(CoLT5PreTrainedModel):
-    """The encoder of images: patches with sine and cosine positions, conditional computation in every block."""
-
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-    _can_record_outputs = {
-        "hidden_states": CoLT5ImageLayer,
-        "router_logits": ROUTER_RECORDER,
-    }
-
-    def __init__(self, config: CoLT5Config):
-        super().__init__(config)
-        self.embeddings = PatchEmbedding(config.patch_size, config.num_channels, config.hidden_size)
-        self.dropout = nn.Dropout(config.dropout_rate)
-        self.layers = nn.ModuleList([CoLT5ImageLayer(config) for _ in range(config.num_hidden_layers)])
-        self.norm = nn.LayerNorm(config.hidden_size)
-        self.gradient_checkpointing = False
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.embeddings.projection
-
-    @merge_with_config_defaults
-    @capture_outputs
-    def forward(self, pixel_values: Tensor, **kwargs: Unpack[TransformersKwargs]) -> RoutedModelOutput:
-        """The states of the patches, `[B, height, width, hidden_size]`, without the last norm.
-
-        Args:
-            pixel_values: `[B, num_channels, height, width]`, of any size that patches and windows divide.
-        """
-        maps = self.embeddings(pixel_values.to(self.embeddings.projection.weight.dtype))
-        height, width = maps.shape[1:3]
-        positions = sincos_positions(height, width, maps.shape[-1], device=maps.device, dtype=maps.dtype)
-        maps = self.dropout(maps + positions)
-        for layer in self.layers:
-            maps = layer(maps)
-        return RoutedModelOutput(last_hidden_state=maps)

@@ -38,5 +38,7 @@ class NormedFeedForward(FeedForward):
             inner = inner * self.gate_scale
         if self.norm is not None:
             inner = self.norm(inner)
-        inner = nn.functional.dropout(inner, self.dropout, self.training)
-        return nn.functional.dropout(self.down_proj(inner), self.output_dropout, self.training)
+        if self.training and self.dropout:
+            inner = nn.functional.dropout(inner, self.dropout)
+        output = self.down_proj(inner)
+        return nn.functional.dropout(output, self.output_dropout) if self.training and self.output_dropout else output

@@ -3,7 +3,7 @@
 import torch
 
 
-def _can_look(tensor: torch.Tensor) -> bool:
+def can_look(tensor: torch.Tensor) -> bool:
     """Whether values may be read: not while tracing, and not where it would make the host wait for a GPU."""
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and tensor.numel() > 0
 
@@ -30,7 +30,7 @@ def check_inputs(input_ids, inputs_embeds, embed_tokens) -> None:
             f"input_ids must be int64 or int32 of shape [batch, length], got {input_ids.dtype} of shape "
             f"{tuple(input_ids.shape)}"
         )
-    if _can_look(input_ids):
+    if can_look(input_ids):
         low, high, count = int(input_ids.min()), int(input_ids.max()), embed_tokens.num_embeddings
         if low < 0 or high >= count:
             raise ValueError(f"input_ids must be between 0 and {count - 1}, got {low if low < 0 else high}")
@@ -60,7 +60,7 @@ def check_positions(position_ids, config) -> None:
     Raises:
         ValueError: otherwise.
     """
-    if config.position_embedding_type not in ("learned", "axial") or not _can_look(position_ids):
+    if config.position_embedding_type not in ("learned", "axial") or not can_look(position_ids):
         return
     last = int(position_ids.max())
     if last >= config.max_position_embeddings:

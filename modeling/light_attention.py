@@ -58,7 +58,7 @@ class LightAttention(nn.Module):
         """
         query, key, value = self.project(hidden_states)
         if past is not None:
-            key, value = past.update_window(key, value, self.radius)
+            key, value = past.add_to_window(key, value, self.radius)
         output = flash_attention(
             query,
             key,

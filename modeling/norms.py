@@ -7,7 +7,11 @@ from .rms_norm import RMSNorm
 
 
 class ScaleNorm(nn.Module):
-    """`g · x / |x|` with one learned number `g` (arXiv 1910.05895, section 3.2)."""
+    """`g · x / |x|` with one learned number `g` (arXiv 1910.05895, section 3.2).
+
+    A vector shorter than `eps` is divided by `eps`, and has no gradient: its own would be `g / eps`, which would grow
+    from block to block until it is infinite. (Padding whose embedding is zero stays zero through all blocks.)
+    """
 
     def __init__(self, eps: float):
         super().__init__()
@@ -15,8 +19,10 @@ class ScaleNorm(nn.Module):
         self.g = nn.Parameter(torch.ones(1))
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        norm = hidden_states.float().norm(dim=-1, keepdim=True).clamp(min=self.eps)
-        return (hidden_states / norm).to(hidden_states.dtype) * self.g
+        wide = hidden_states.to(torch.promote_types(hidden_states.dtype, torch.float32))
+        norm = wide.norm(dim=-1, keepdim=True)
+        states = torch.where(norm < self.eps, hidden_states.detach(), hidden_states)
+        return (states / norm.clamp(min=self.eps)).to(hidden_states.dtype) * self.g
 
 
 class ReZeroScale(nn.Module):

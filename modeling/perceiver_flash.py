@@ -9,7 +9,6 @@ Attention goes through transformers' attention interface, or over chunks of the 
 Cost for N inputs, M latents and L blocks: O(N M + L M²) time; memory for N keys and values, or for those of one chunk.
 """
 
-import copy
 from collections.abc import Iterator
 from typing import Unpack
 
@@ -18,14 +17,16 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.generation import GenerationMixin
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.perceiver_flash import PerceiverFlashConfig
 from .attention_masks import make_attention_mask
 from .checked_model import CheckedPreTrainedModel
+from .heads import CausalLMHead, HeadOnBody, LanguageModelHead
 from .input_checks import check_attention_mask, check_inputs, check_positions
+from .padding import count_positions
 from .perceiver_flash_heads import (
     PerceiverFlashClassificationHead,
     PerceiverFlashDecoder,
@@ -45,7 +46,6 @@ from .perceiver_flash_inputs import (
 from .perceiver_flash_layer import PerceiverFlashAttention, PerceiverFlashLayer
 from .perceiver_flash_outputs import PerceiverFlashHeadOutput, PerceiverFlashModelOutput
 from .perceiver_flash_window import open_window
-from .performer_inputs import count_positions
 from .positions import SinusoidalPositionEmbedding
 from .rotary import rotary_tables
 
@@ -54,10 +54,7 @@ class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     """What every PerceiverFlash class shares: flags for transformers, and the initial values of weights."""
 
     config: PerceiverFlashConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PerceiverFlashLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True
     _supports_flash_attn = True
     _supports_flex_attn = True
@@ -322,16 +319,22 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         return rotary_tables(positions, size, self.config.rotary_emb_base) if size else None
 
 
-class PerceiverFlashIOModel(PerceiverFlashPreTrainedModel):
+class OnLatents(HeadOnBody):
+    """A head that reads the latents themselves, not a vector pooled of them."""
+
+    body_class = PerceiverFlashModel
+
+    def make_body(self, config: PerceiverFlashConfig) -> PerceiverFlashModel:
+        return PerceiverFlashModel(config, add_pooling_layer=False)
+
+
+class PerceiverFlashIOModel(OnLatents, PerceiverFlashPreTrainedModel):
     """Perceiver IO: any number of queries read the latents. Without queries it returns the latents."""
 
     _can_record_outputs = {"cross_attentions": OutputRecorder(PerceiverFlashAttention, index=1, layer_name="decoder")}
 
-    def __init__(self, config: PerceiverFlashConfig):
-        super().__init__(config)
-        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
+    def add_head(self, config: PerceiverFlashConfig) -> None:
         self.decoder = PerceiverFlashDecoder(config, config.num_queries, config.output_size)
-        self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -366,16 +369,14 @@ class PerceiverFlashIOModel(PerceiverFlashPreTrainedModel):
         )
 
 
-class PerceiverFlashForMaskedLM(PerceiverFlashPreTrainedModel):
+class PerceiverFlashForMaskedLM(OnLatents, LanguageModelHead, PerceiverFlashPreTrainedModel):
     """Perceiver IO with one learned query for each position, and a head that predicts masked tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     _can_record_outputs = PerceiverFlashIOModel._can_record_outputs
 
-    def __init__(self, config: PerceiverFlashConfig):
-        super().__init__(config)
+    @classmethod
+    def head_config(cls, config: PerceiverFlashConfig) -> PerceiverFlashConfig:
         if config.is_decoder or config.modality != "text":
             raise ValueError(
                 "PerceiverFlashForMaskedLM needs is_decoder=False and modality='text', got "
@@ -386,10 +387,11 @@ class PerceiverFlashForMaskedLM(PerceiverFlashPreTrainedModel):
                 f"tie_word_embeddings=True needs query_size to be input_size ({config.input_size}), got "
                 f"{config.query_size}"
             )
-        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
+        return config
+
+    def add_head(self, config: PerceiverFlashConfig) -> None:
         self.decoder = PerceiverFlashDecoder(config, config.max_position_embeddings, None)
         self.lm_head = nn.Linear(config.query_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -415,32 +417,33 @@ class PerceiverFlashForMaskedLM(PerceiverFlashPreTrainedModel):
             input_ids if inputs_embeds is None else inputs_embeds, attention_mask, position_ids
         )
         queries = self.decoder.queries[positions]
-        hidden_states = self.decoder(outputs.last_hidden_state, queries, positions)
-        logits = self.lm_head(hidden_states)
+        logits = self.logits_of(self.decoder(outputs.last_hidden_state, queries, positions))
         loss = None
         if labels is not None:
-            size = self.config.vocab_size
+            # The loss takes a view of the labels, which are often a slice.
+            labels, size = labels.contiguous(), self.config.vocab_size
             loss = self.loss_function(logits=logits, labels=labels, vocab_size=size, **loss_arguments)
         return PerceiverFlashHeadOutput(
             loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
 
 
-class PerceiverFlashForSequenceClassification(PerceiverFlashPreTrainedModel):
+class PerceiverFlashForSequenceClassification(OnLatents, PerceiverFlashPreTrainedModel):
     """One label (or number) for an input, text or features, read from the latents (`config.pooling`)."""
 
     _can_record_outputs = {
         "cross_attentions": OutputRecorder(PerceiverFlashAttention, index=1, layer_name="classifier")
     }
 
-    def __init__(self, config: PerceiverFlashConfig):
-        super().__init__(config)
+    @classmethod
+    def head_config(cls, config: PerceiverFlashConfig) -> PerceiverFlashConfig:
         if config.is_decoder:
             raise ValueError("a classifier reads latents of their own, so config.is_decoder must be False, got True")
+        return config
+
+    def add_head(self, config: PerceiverFlashConfig) -> None:
         self.num_labels = config.num_labels
-        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
         self.classifier = PerceiverFlashClassificationHead(config)
-        self.post_init()
 
     @merge_with_config_defaults
     @capture_outputs
@@ -474,13 +477,14 @@ class PerceiverFlashForImageClassification(PerceiverFlashForSequenceClassificati
 
     main_input_name = "pixel_values"
 
-    def __init__(self, config: PerceiverFlashConfig):
+    @classmethod
+    def head_config(cls, config: PerceiverFlashConfig) -> PerceiverFlashConfig:
         if config.modality != "image":
             values = config.to_dict() | {"modality": "image", "input_size": None, "query_size": None}
             implementation = config._attn_implementation
             config = type(config).from_dict(values)
             config._attn_implementation = implementation
-        super().__init__(config)
+        return super().head_config(config)
 
     @merge_with_config_defaults
     @capture_outputs
@@ -491,73 +495,29 @@ class PerceiverFlashForImageClassification(PerceiverFlashForSequenceClassificati
         return self._classify({"pixel_values": pixel_values}, labels, kwargs)
 
 
-class PerceiverFlashForCausalLM(PerceiverFlashPreTrainedModel, GenerationMixin):
+class PerceiverFlashForCausalLM(OnLatents, CausalLMHead, PerceiverFlashPreTrainedModel, GenerationMixin):
     """Perceiver AR: the last positions of a sequence are latents, and predict what follows. Makes its config causal.
 
     The latents of n tokens are the positions from `window_start(n)` on (`perceiver_flash_window.py`): at most
-    `num_latents` of them, of however long a context. Loss and logits are theirs.
+    `num_latents` of them, of however long a context. Loss and logits are theirs: `[B, M, vocab_size]` for the last
+    M ≤ `num_latents` of N positions, and labels in front of the latents are left out.
     """
 
+    output_class = PerceiverFlashHeadOutput
+    passed_on = ("hidden_states", "attentions")
     # Several tokens at once have the latents of the last one's window, so candidates cannot be judged together.
     _is_stateful = True
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
 
-    def __init__(self, config: PerceiverFlashConfig):
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = config.final_norm = True
-            config.validate_architecture()
-        super().__init__(config)
-        self.model = PerceiverFlashModel(config, add_pooling_layer=False)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
+    @classmethod
+    def head_config(cls, config: PerceiverFlashConfig) -> PerceiverFlashConfig:
+        causal = super().head_config(config)
+        if causal is not config:
+            causal.final_norm = True
+            causal.validate_architecture()
+        return causal
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> PerceiverFlashHeadOutput:
-        """Next-token logits `[B, M, vocab_size]` of the last M ≤ `num_latents` of N positions.
-
-        Args:
-            labels: `[B, N]`, the input ids themselves (the loss shifts them), -100 where nothing is to be learned;
-                those in front of the latents are left out.
-            logits_to_keep: the last so many positions, or a tensor of positions among the M; 0 is all.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self._loss(logits, labels, outputs.latent_mask, kwargs)
-        return PerceiverFlashHeadOutput(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
-
-    def _loss(self, logits, labels, latent_mask, kwargs):
-        targets = kwargs.pop("shift_labels", None)
+    def loss_of(self, logits: torch.Tensor, labels: torch.Tensor, outputs, **kwargs) -> torch.Tensor:
+        targets, latent_mask = kwargs.pop("shift_labels", None), outputs.latent_mask
         if targets is None:
             targets = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
         own = targets[:, -logits.shape[1] :].contiguous()
@@ -569,5 +529,4 @@ class PerceiverFlashForCausalLM(PerceiverFlashPreTrainedModel, GenerationMixin):
             # Trainer counts the labels in front of the latents too.
             share = (own != -100).sum().clamp(min=1) / (targets != -100).sum().clamp(min=1)
             kwargs["num_items_in_batch"] = items * share
-        size = self.config.vocab_size
-        return self.loss_function(logits=logits, labels=labels, vocab_size=size, shift_labels=own, **kwargs)
+        return super().loss_of(logits, labels, outputs, shift_labels=own, **kwargs)

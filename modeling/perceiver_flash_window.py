@@ -11,11 +11,13 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, Cache, DynamicLayer
+from transformers.cache_utils import Cache, DynamicLayer
 
 from ..configuration.perceiver_flash import INPUT_LAYER_TYPE, LATENT_LAYER_TYPE
+from .cache_layers import MovesWithRows, also_static
 
 
+@also_static
 class PerceiverLatentLayer(DynamicLayer):
     """Keys and values of the latents in the present window, in one block of self-attention."""
 
@@ -37,7 +39,8 @@ class PerceiverLatentLayer(DynamicLayer):
         self.restart()
 
 
-class PerceiverInputLayer(PerceiverLatentLayer):
+@also_static
+class PerceiverInputLayer(MovesWithRows, PerceiverLatentLayer):
     """Keys and values of the whole input in one cross-attention, and what the latents of the next window are made of.
 
     `recent` `[B, ≤ num_latents, C]` are the last inputs, `recent_positions` `[B, ≤ num_latents]` where they stand.
@@ -65,34 +68,9 @@ class PerceiverInputLayer(PerceiverLatentLayer):
         self.restart()
         self.recent = self.recent_positions = None
 
-    def offload(self) -> None:
-        super().offload()
-        self._map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self._map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self._map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self._map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self._map(lambda tensor: tensor[indices, ...])
-
-    def _map(self, function: Callable[[Tensor], Tensor]) -> None:
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
         if self.recent is not None:
             self.recent, self.recent_positions = function(self.recent), function(self.recent_positions)
-
-
-for _layer in (PerceiverInputLayer, PerceiverLatentLayer):
-    STATIC_LAYER_TYPE_MAPPING[_layer._layer_type] = _layer
 
 
 class LatentWindow(NamedTuple):

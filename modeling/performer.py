@@ -10,7 +10,6 @@ in softmax heads over a window or be full softmax attention, which exact recall 
 Cost of a block for N tokens, M features, H heads of size D: O(N M D H) time; O(M D H) state.
 """
 
-import copy
 from typing import Unpack
 
 import torch
@@ -19,30 +18,28 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForMaskedLMLoss
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
-    QuestionAnsweringModelOutput,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.performer import PerformerConfig
 from .checked_model import CheckedPreTrainedModel
+from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .feature_calibration import calibrate_features
 from .feature_redraw import redraw_and_capture
+from .heads import (
+    CausalLMHead,
+    MaskedLMHead,
+    QuestionAnsweringHead,
+    SequenceClassificationHead,
+    TokenClassificationHead,
+)
 from .input_checks import check_attention_mask, check_inputs, check_positions
 from .norms import ReZeroScale, ScaleNorm, make_norm
+from .padding import count_positions
 from .performer_attention import PerformerAttention, PerformerSoftmaxAttention
-from .performer_inputs import count_positions, make_attention_masks
+from .performer_inputs import make_attention_masks
 from .performer_layer import PerformerLayer
 from .positions import make_position_embedding
 from .reversible import reversible_stack
@@ -53,10 +50,7 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
     """What every Performer class shares: flags for transformers, and the initial values of weights and buffers."""
 
     config: PerformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["PerformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # the softmax layers of hybrids
     _supports_attention_backend = True
     _can_compile_fullgraph = True
@@ -65,6 +59,11 @@ class PerformerPreTrainedModel(CheckedPreTrainedModel):
         "attentions": OutputRecorder(PerformerSoftmaxAttention, index=1, layer_name="self_attn"),
         "cross_attentions": OutputRecorder(PerformerSoftmaxAttention, index=1, layer_name="cross_attn"),
     }
+
+    def __init__(self, config: PerformerConfig, *args, **kwargs):
+        super().__init__(config, *args, **kwargs)
+        if config.feature_stabilizer == "sequence" and self.can_generate():
+            self.generation_config.use_cache = False
 
     @torch.no_grad()
     def _init_weights(self, module):
@@ -226,359 +225,73 @@ class PerformerModel(PerformerPreTrainedModel):
         calibrate_features(self, input_ids, attention_mask)
 
 
-class PerformerForCausalLM(PerformerPreTrainedModel, GenerationMixin):
+class PerformerForCausalLM(CausalLMHead, PerformerPreTrainedModel, GenerationMixin):
     """A decoder with a language modelling head. Makes its configuration causal."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    body_class = PerformerModel
 
-    def __init__(self, config: PerformerConfig):
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-            config.classifier_pooling = "last"
-        super().__init__(config)
-        self.model = PerformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-        if config.feature_stabilizer == "sequence":
-            self.generation_config.use_cache = False
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        position_ids: torch.LongTensor | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Next-token logits `[B, N, vocab_size]`; arguments as in `PerformerModel.forward`, and:
-
-        Args:
-            labels: `[B, N]`, the input ids themselves (the loss shifts them), -100 where nothing is to be learned.
-            logits_to_keep: the last so many positions, or a tensor of positions; 0 is all.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept])
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-        )
+    @classmethod
+    def head_config(cls, config: PerformerConfig) -> PerformerConfig:
+        causal = super().head_config(config)
+        if causal is not config:
+            causal.classifier_pooling = "last"
+        return causal
 
 
-class PerformerForMaskedLM(PerformerPreTrainedModel):
-    """An encoder with a head that predicts masked tokens."""
+class PerformerForMaskedLM(MaskedLMHead, PerformerPreTrainedModel):
+    """An encoder with a head that predicts masked tokens, behind a dense layer with `config.mlm_head_transform`."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    body_class = PerformerModel
 
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
-        if config.is_decoder:
-            raise ValueError("PerformerForMaskedLM looks both ways, so config.is_decoder must be False, got True")
-        self.model = PerformerModel(config)
+    def add_head(self, config: PerformerConfig) -> None:
         self.transform = None
         if config.mlm_head_transform:
             norm = make_norm(config.norm_type, config.hidden_size, config.norm_eps)
             dense = nn.Linear(config.hidden_size, config.hidden_size)
             self.transform = nn.Sequential(dense, ACT2FN[config.hidden_act], norm)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
+        super().add_head(config)
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        hidden_states = outputs.last_hidden_state
-        logits = self.lm_head(hidden_states if self.transform is None else self.transform(hidden_states))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.lm_head(hidden_states if self.transform is None else self.transform(hidden_states))
 
 
-class PerformerForSequenceClassification(PerformerPreTrainedModel):
+class PerformerForSequenceClassification(SequenceClassificationHead, PerformerPreTrainedModel):
     """One label (or number) for a sequence, read from a pooled hidden state (`config.classifier_pooling`)."""
 
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
+    body_class = PerformerModel
+
+    def add_head(self, config: PerformerConfig) -> None:
         self.num_labels = config.num_labels
-        self.model = PerformerModel(config)
         self.transform = None
         if config.classifier_transform:
             self.transform = nn.Sequential(nn.Linear(config.hidden_size, config.hidden_size), nn.Tanh())
         self.dropout = nn.Dropout(config.classifier_dropout)
         self.score = nn.Linear(config.hidden_size, config.num_labels, bias=config.classifier_bias)
-        self.post_init()
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        pooled = self._pool(outputs.last_hidden_state, mask)
-        logits = self.score(self.dropout(pooled if self.transform is None else self.transform(pooled)))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
-
-    def _pool(self, hidden_states, mask):
-        if mask is None:
-            mask = torch.ones(hidden_states.shape[:2], device=hidden_states.device)
-        mask = mask.to(hidden_states.dtype)
-        if self.config.classifier_pooling == "mean":
-            total = mask.sum(dim=1, keepdim=True).clamp(min=1)
-            return (hidden_states * mask[..., None]).sum(dim=1) / total
-        order = torch.arange(1, mask.shape[1] + 1, device=mask.device)
-        order = order if self.config.classifier_pooling == "last" else order.flip(0)
-        index = ((mask != 0) * order).argmax(dim=1)
-        return hidden_states[torch.arange(len(index), device=index.device), index]
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        pooled = super().pool(outputs, attention_mask, input_ids)
+        return pooled if self.transform is None else self.transform(pooled)
 
 
-class PerformerForTokenClassification(PerformerPreTrainedModel):
+class PerformerForTokenClassification(TokenClassificationHead, PerformerPreTrainedModel):
     """One label for each token."""
 
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = PerformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Logits `[B, N, num_labels]`; `labels` `[B, N]`, -100 where there is none."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = PerformerModel
 
 
-class PerformerForQuestionAnswering(PerformerPreTrainedModel):
+class PerformerForQuestionAnswering(QuestionAnsweringHead, PerformerPreTrainedModel):
     """The first and the last token of an answer inside the input."""
 
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
-        self.model = PerformerModel(config)
-        self.qa_outputs = nn.Linear(config.hidden_size, 2)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        start_positions=None,
-        end_positions=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> QuestionAnsweringModelOutput:
-        """Start and end logits `[B, N]`; `start_positions` and `end_positions` `[B]`, ignored if outside the input."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        start_logits, end_logits = self.qa_outputs(outputs.last_hidden_state).unbind(dim=-1)
-        loss = None
-        if start_positions is not None and end_positions is not None:
-            loss = self.loss_function(start_logits, end_logits, start_positions, end_positions, **kwargs)
-        return QuestionAnsweringModelOutput(
-            loss=loss,
-            start_logits=start_logits,
-            end_logits=end_logits,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-        )
+    body_class = PerformerModel
 
 
-class PerformerEncoderDecoderModel(PerformerPreTrainedModel):
+class PerformerEncoderDecoderModel(PairOfStacks, PerformerPreTrainedModel):
     """An encoder and a decoder that reads it through linear cross-attention, without a head."""
 
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
-        if not config.is_encoder_decoder:
-            raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
-        if config.share_embeddings:
-            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = PerformerModel(config.encoder_config())
-        self.decoder = PerformerModel(config.decoder_config())
-        self.post_init()
-
-    def get_input_embeddings(self):
-        return self.encoder.embed_tokens
-
-    def set_input_embeddings(self, new_embeddings):
-        self.encoder.embed_tokens = new_embeddings
-        if self.config.share_embeddings:
-            self.decoder.embed_tokens = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states `[B, N, hidden_size]`; arguments as in `PerformerModel.forward`, and:
-
-        Args:
-            encoder_outputs: what the encoder returned before, instead of its inputs.
-        """
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
-        elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        outputs = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
+    stack_class = PerformerModel
 
 
-class PerformerForConditionalGeneration(PerformerPreTrainedModel, GenerationMixin):
+class PerformerForConditionalGeneration(Seq2SeqLMHead, PerformerPreTrainedModel, GenerationMixin):
     """An encoder–decoder with a language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: PerformerConfig):
-        super().__init__(config)
-        self.model = PerformerEncoderDecoderModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-        if config.feature_stabilizer == "sequence":
-            self.generation_config.use_cache = False
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
-        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `PerformerEncoderDecoderModel.forward`, and:
-
-        Args:
-            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
-            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
-        """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state)
-        loss = None
-        if labels is not None:
-            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
-            loss = ForMaskedLMLoss(logits, labels, self.config.vocab_size, **kwargs)
-        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """The decoder's inputs for `labels` `[B, N]`: moved right by one behind the start token, -100 as padding."""
-        start, pad = self.config.decoder_start_token_id, self.config.pad_token_id
-        if start is None or pad is None:
-            raise ValueError(
-                "decoder_input_ids are made of labels with config.decoder_start_token_id and config.pad_token_id, got "
-                f"{start} and {pad}"
-            )
-        shifted = torch.cat([torch.full_like(labels[:, :1], start), labels[:, :-1]], dim=1)
-        return shifted.masked_fill(shifted == -100, pad)
+    body_class = PerformerEncoderDecoderModel

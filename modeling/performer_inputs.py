@@ -1,30 +1,9 @@
-"""What a Performer's blocks need beside hidden states: positions, and a mask for each way a block may look."""
+"""What a Performer's blocks need beside hidden states: a mask for each way a block may look."""
 
 import torch
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
-from transformers.utils.import_utils import is_tracing
 
-
-def count_positions(attention_mask, past_length, length: int, device) -> torch.Tensor:
-    """Positions `[B or 1, length]`, counted over real tokens, so that padding on the left changes nothing."""
-    if attention_mask is None or isinstance(attention_mask, dict) or attention_mask.ndim != 2:
-        return (torch.arange(length, device=device) + past_length)[None]
-    return (attention_mask.long().cumsum(dim=-1) - 1).clamp(min=0)[:, -length:]
-
-
-def padding_among_new_tokens(attention_mask, length: int) -> torch.Tensor | None:
-    """The mask of the last `length` tokens, or None if it masks nothing.
-
-    Like transformers' `create_recurrent_attention_mask`, except for a single token, which that one takes for real. A
-    padded prompt may come token by token too (`prefill_chunk_size=1`), and its padding must not enter the state.
-    """
-    if attention_mask is None or attention_mask.ndim != 2:
-        return None
-    mask = attention_mask[:, -length:].contiguous()
-    # Looking waits for the device: well spent on a prompt, not on every token after it.
-    if length > 1 and not is_tracing(mask) and bool((mask == 1).all()):
-        return None
-    return mask
+from .padding import padding_among_new_tokens
 
 
 def make_attention_masks(

@@ -3,11 +3,11 @@
 Memory tokens are cached like any others, but the caller does not know of them: lengths are counted without them.
 """
 
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING
-
+from .cache_layers import also_static
 from .token_shift_cache import FullAttentionShiftLayer
 
 
+@also_static
 class PrefixLayer(FullAttentionShiftLayer):
     """Growing keys and values, of which the first `prefix_length` belong to memory tokens.
 
@@ -27,6 +27,3 @@ class PrefixLayer(FullAttentionShiftLayer):
     def reset(self) -> None:
         super().reset()
         self.prefix_length = self.first_length = 0
-
-
-STATIC_LAYER_TYPE_MAPPING[PrefixLayer._layer_type] = PrefixLayer

@@ -41,7 +41,7 @@ class HeadL2Norm(nn.Module):
         return normed if self.weight is None else normed * self.weight
 
 
-def make_query_key_norms(config) -> tuple[nn.Module, nn.Module, float]:
+def make_query_key_norms(config) -> tuple[nn.Module | None, nn.Module | None, float]:
     """The norms of queries and keys that `config.qk_norm` names, and the factor of the scores that belongs to them."""
     kind, size = config.qk_norm, config.head_dim
     heads = (config.num_attention_heads, config.num_key_value_heads)
@@ -49,6 +49,6 @@ def make_query_key_norms(config) -> tuple[nn.Module, nn.Module, float]:
         learned = kind == "l2_learned"
         query_norm, key_norm = (HeadL2Norm(count, size, config.qk_norm_groups, learned) for count in heads)
         return query_norm, key_norm, size**-0.5 if learned else float(config.qk_norm_scale)
-    query_norm = HeadRMSNorm(heads[0], size) if kind == "rms" else nn.Identity()
-    key_norm = HeadRMSNorm(heads[1], size) if kind in ("rms", "rms_key") else nn.Identity()
+    query_norm = HeadRMSNorm(heads[0], size) if kind == "rms" else None
+    key_norm = HeadRMSNorm(heads[1], size) if kind in ("rms", "rms_key") else None
     return query_norm, key_norm, size**-0.5

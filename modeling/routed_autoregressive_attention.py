@@ -141,7 +141,7 @@ class RoutedAutoregressiveAttention(nn.Module):
         Args:
             attention_mask: `[B, everything seen]`, nonzero at real tokens; padding stands on the left, or on the right
                 of everything.
-            past: a cache layer, which the caller advances with `past.count(N)` when the block is done.
+            past: a cache layer, which the caller advances with `past.count(hidden_states)` when the block is done.
             light_distance_bias, heavy_distance_bias: `[H, 2R + 1]` for the heads of either branch, as in
                 `flash_attention`.
             num_routed_queries, num_routed_keys: instead of the module's own.

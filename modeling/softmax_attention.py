@@ -57,17 +57,22 @@ class Extras(NamedTuple):
 
 
 def fused_attention(
-    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, extras: Extras, backend: str
-) -> Tensor:
-    """Output `[B, H, N, V]` of `query` `[B, H, N, D]`, `key` `[B, G, M, D]`, `value` `[B, G, M, V]`."""
+    query: Tensor, key: Tensor, value: Tensor, visibility: Visibility, extras: Extras, backend: str, return_lse: bool
+) -> tuple[Tensor, Tensor | None]:
+    """Output `[B, H, N, V]` of `query` `[B, H, N, D]`, `key` `[B, G, M, D]`, `value` `[B, G, M, V]`.
+
+    With `return_lse` also the logarithms of the denominators `[B, H, N]`, else None.
+    """
     scale, bias, softcap, memory_key, memory_value, sinks, dropout = extras
+    if _is_plain_step(query, key, value, visibility, extras, backend, return_lse):
+        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True), None
     memory = {"memory_key": memory_key, "memory_value": memory_value}
     shared = {"scale": scale, "softcap": softcap, "dropout_p": dropout, "backend": backend, **bias}
     shared |= {"window": visibility.window, "key_lengths": visibility.key_lengths}
     if visibility.prefix_lengths is None:
-        return flash_attention(
-            query, key, value, causal=visibility.causal, key_mask=visibility.key_mask, sinks=sinks, **memory, **shared
-        )
+        shared |= {"causal": visibility.causal, "key_mask": visibility.key_mask, "sinks": sinks, **memory}
+        found = flash_attention(query, key, value, return_lse=return_lse, **shared)
+        return found if return_lse else (found, None)
     # The keys of the prefix are seen by all, the others causally: two parts, put together by their denominators.
     prefix = _before(visibility.prefix_lengths, key)
     masks = (prefix, ~prefix)
@@ -75,7 +80,28 @@ def fused_attention(
         masks = tuple(mask & visibility.key_mask for mask in masks)
     seen = flash_attention(query, key, value, key_mask=masks[0], sinks=sinks, return_lse=True, **memory, **shared)
     rest = flash_attention(query, key, value, causal=True, key_mask=masks[1], return_lse=True, **shared)
-    return merge_attention([seen.output, rest.output], [seen.lse, rest.lse])[0]
+    return merge_attention([seen.output, rest.output], [seen.lse, rest.lse])
+
+
+def _is_plain_step(query, key, value, visibility, extras, backend, return_lse) -> bool:
+    """Whether one query sees all keys and nothing else takes part: the step of decoding that has to be quick.
+
+    `flash_attention` does the same behind checks that take longer than the sum itself.
+    """
+    return (
+        query.shape[2] == 1
+        and query.device.type == "cpu"
+        and backend == "auto"
+        and not return_lse
+        and key.shape[2] > 0
+        and query.shape[3] == value.shape[3]
+        and not extras.bias
+        and extras[2:6] == (None, None, None, None)
+        and extras.dropout == 0.0
+        and (visibility.causal or visibility.window is None)
+        and (visibility.window is None or visibility.window[0] is None or key.shape[2] <= visibility.window[0] + 1)
+        and visibility[2:] == (None, None, None)
+    )
 
 
 def written_out_attention(
@@ -87,8 +113,8 @@ def written_out_attention(
     previous: Tensor | None = None,
     mix_scores: Callable[[Tensor], Tensor] | None = None,
     mix_weights: Callable[[Tensor], Tensor] | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """As `fused_attention`; returns output, weights `[B, H, N, M]` and scores `[B, H, N, R + M]`.
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `fused_attention`; returns output, weights `[B, H, N, M]`, scores `[B, H, N, R + M]` and lse `[B, H, N]`.
 
     Args:
         previous: scores of an earlier block, to be added.
@@ -128,7 +154,7 @@ def written_out_attention(
     mixed = nn.functional.dropout(weights, extras.dropout, training=extras.dropout > 0)
     if mix_weights is not None:
         mixed = mix_weights(mixed)
-    return mixed @ value.repeat_interleave(groups, dim=1), seen, scores
+    return mixed @ value.repeat_interleave(groups, dim=1), seen, scores, logits.logsumexp(dim=-1)
 
 
 def _before(lengths: Tensor, key: Tensor) -> Tensor:

@@ -4,7 +4,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import STATIC_LAYER_TYPE_MAPPING, DynamicLayer
+from transformers.cache_utils import DynamicLayer
+
+from .cache_layers import MovesWithRows, also_static
 
 
 class LastTokens:
@@ -34,7 +36,8 @@ class LastTokens:
         self.tokens = {name: function(tokens) for name, tokens in self.tokens.items()}
 
 
-class FullAttentionShiftLayer(DynamicLayer):
+@also_static
+class FullAttentionShiftLayer(MovesWithRows, DynamicLayer):
     """Transformers' growing layer of keys and values, with the last tokens of a token shift beside them."""
 
     _layer_type = "full_attention_with_shift"
@@ -59,26 +62,5 @@ class FullAttentionShiftLayer(DynamicLayer):
         super().reset()
         self.last_tokens = LastTokens()
 
-    def offload(self) -> None:
-        super().offload()
-        self.last_tokens.map(lambda tensor: tensor.to("cpu", non_blocking=True))
-
-    def prefetch(self) -> None:
-        super().prefetch()
-        if self.is_initialized:
-            self.last_tokens.map(lambda tensor: tensor.to(self.device, non_blocking=True))
-
-    def reorder_cache(self, beam_idx: Tensor) -> None:
-        super().reorder_cache(beam_idx)
-        self.last_tokens.map(lambda tensor: tensor.index_select(0, beam_idx.to(tensor.device)))
-
-    def batch_repeat_interleave(self, repeats: int) -> None:
-        super().batch_repeat_interleave(repeats)
-        self.last_tokens.map(lambda tensor: tensor.repeat_interleave(repeats, dim=0))
-
-    def batch_select_indices(self, indices: Tensor) -> None:
-        super().batch_select_indices(indices)
-        self.last_tokens.map(lambda tensor: tensor[indices, ...])
-
-
-STATIC_LAYER_TYPE_MAPPING[FullAttentionShiftLayer._layer_type] = FullAttentionShiftLayer
+    def map_rows(self, function: Callable[[Tensor], Tensor]) -> None:
+        self.last_tokens.map(function)

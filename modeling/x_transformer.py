@@ -17,7 +17,6 @@ Cost of a block for N tokens and H heads of size D: O(N² D H) time, O(N w D H) 
 but for talking heads and residual attention, which hold all scores.
 """
 
-import copy
 from typing import Unpack
 
 import torch
@@ -25,32 +24,23 @@ from torch import nn
 from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache, EncoderDecoderCache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForMaskedLMLoss
-from transformers.modeling_outputs import (
-    BaseModelOutput,
-    BaseModelOutputWithPastAndCrossAttentions,
-    CausalLMOutputWithCrossAttentions,
-    MaskedLMOutput,
-    Seq2SeqLMOutput,
-    Seq2SeqModelOutput,
-    SequenceClassifierOutput,
-    TokenClassifierOutput,
-)
-from transformers.utils import TransformersKwargs, can_return_tuple
+from transformers.utils import TransformersKwargs
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
+from .attention_z_loss import attention_z_loss
 from .checked_model import CheckedPreTrainedModel
+from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
+from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
 from .hyper_connections import join_streams, split_streams
-from .input_checks import check_attention_mask, check_inputs, check_positions
+from .input_checks import can_look, check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
-from .performer_inputs import count_positions
-from .pooling import pool_hidden_states
+from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
 from .rotary_embedding import RotaryEmbedding
-from .shifted_labels import shift_labels_right
+from .segment_memory import check_segment_memory, recall, remember
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 from .x_transformer_embeddings import (
@@ -58,28 +48,27 @@ from .x_transformer_embeddings import (
     XTransformerEmbeddings,
     insert_prefix,
     make_token_embedding,
+    read_prefix,
     remove_prefix,
 )
 from .x_transformer_inputs import (
     check_cache,
+    check_memory_place,
     check_prepended,
     hide_at_random,
     prefix_start,
-    real_tokens,
     self_visibility,
     with_prefix,
 )
 from .x_transformer_layer import Carried, XTransformerLayer
+from .x_transformer_outputs import XTransformerCausalLMOutput, XTransformerModelOutput
 
 
 class XTransformerPreTrainedModel(CheckedPreTrainedModel):
     """What every XTransformer class shares: flags for transformers, and the initial values of weights."""
 
     config: XTransformerConfig
-    base_model_prefix = "model"
-    supports_gradient_checkpointing = True
     _no_split_modules = ["XTransformerLayer"]
-    _skip_keys_device_placement = ["past_key_values"]
     _supports_sdpa = True  # the name under which transformers knows the fused form; "eager" is the written-out one
     _can_compile_fullgraph = True
     _can_record_outputs = {
@@ -98,8 +87,10 @@ class XTransformerPreTrainedModel(CheckedPreTrainedModel):
         super()._init_weights(module)
         if hasattr(module, "set_initial_values"):
             module.set_initial_values()
-        if isinstance(module, XTransformerModel) and module.memory_tokens is not None:
-            init.normal_(module.memory_tokens, std=self.config.initializer_range)
+        if isinstance(module, XTransformerModel):
+            for tokens in (module.memory_tokens, module.cls_tokens):
+                if tokens is not None:
+                    init.normal_(tokens, std=self.config.initializer_range)
 
 
 class XTransformerModel(XTransformerPreTrainedModel):
@@ -109,9 +100,11 @@ class XTransformerModel(XTransformerPreTrainedModel):
         super().__init__(config)
         config.check_stack()
         self.embed_tokens, self.embeddings = self.make_inputs(config)
-        self.memory_tokens = None
+        self.memory_tokens = self.cls_tokens = None
         if config.num_memory_tokens:
             self.memory_tokens = nn.Parameter(torch.empty(config.num_memory_tokens, config.hidden_size))
+        if config.num_cls_tokens:
+            self.cls_tokens = nn.Parameter(torch.empty(config.num_cls_tokens, config.hidden_size))
         self.rotary = RotaryEmbedding(config) if config.rotary_positions is not None else None
         self.position_bias = make_position_bias(config)
         self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
@@ -137,12 +130,13 @@ class XTransformerModel(XTransformerPreTrainedModel):
         encoder_attention_mask: torch.Tensor | None = None,
         encoder_position_ids: torch.LongTensor | None = None,
         prefix_length: int | torch.LongTensor | None = None,
+        segment_memory: torch.Tensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
         keep_prepended: bool = False,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> BaseModelOutputWithPastAndCrossAttentions:
+    ) -> XTransformerModelOutput:
         """Hidden states for `[B, N]` token ids.
 
         Args:
@@ -156,6 +150,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
             encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.
             prefix_length: how many real tokens at the start of each row see each other, one number or `[B]`, if
                 `config.prefix_lm`. They have to come in one call.
+            segment_memory: `[B, num_hidden_layers, M, hidden_size]`, the output of that name of the call with the
+                segment before, if `config.mem_len`. With a cache it counts, and is returned, in the first call only.
             prepend_embeds: `[B, P, embedding_size]`, vectors in front of the tokens, such as those of an image. They
                 have no absolute position and are no tokens to `attention_mask`, `position_ids` and the cache. With a
                 cache they count in the first call only; it needs `config.prepend_embeddings`.
@@ -185,39 +181,63 @@ class XTransformerModel(XTransformerPreTrainedModel):
         check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
         mask = real_tokens(attention_mask)
+        if mask is not None and can_look(mask) and bool(mask.all()):
+            mask = None  # without one, more of attention is torch's own
         if mask is None and prepend_mask is not None:
             mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
         hidden_states, mask, position_ids, prefix = self._with_prefix(
             hidden_states, mask, position_ids, past_key_values, length, prepend_mask
         )
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
+        check_segment_memory(segment_memory, hidden_states.shape[0], config)
+        recalled, query_position_ids = None, position_ids
+        if config.mem_len:
+            mask, query_position_ids, recalled = recall(segment_memory, mask, position_ids, past_key_values, length)
+            position_ids = recalled.key_position_ids
         if self.training and config.masked_key_probability and past_key_values is None:
             mask = hide_at_random(mask, hidden_states, config.masked_key_probability, keep_first=True)
         arguments = {
             "visibility": self._visibility(mask, prefix, cached, hidden_states, past_key_values, prefix_length),
             "encoder_visibility": self._encoder_visibility(encoder_hidden_states, encoder_attention_mask),
-            "rotary": None if self.rotary is None else self.rotary(position_ids),
-            "encoder_rotary": self._encoder_rotary(position_ids, encoder_hidden_states, encoder_position_ids),
+            "rotary": self._rotary(query_position_ids, position_ids),
+            "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
             "past_key_values": past_key_values,
             "padding": padding,
+            "recalled": recalled,
         }
-        carried = Carried()
+        carried, entered = Carried(), []
         hidden_states = split_streams(hidden_states, config.num_residual_streams)
+        layers = list(self.layers)  # an index into a ModuleList costs as much as a small operation
         for layer_idx, block_idx in enumerate(config.execution_order):
-            hidden_states, *carried = self.layers[block_idx](
+            hidden_states, *carried = layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
+            carried = Carried(*carried)
+            if carried.entered is not None:
+                entered.append(carried.entered)
+                carried = carried._replace(entered=None)
         hidden_states = join_streams(hidden_states, config.num_residual_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)
         hidden_states = self.norm(hidden_states)
+        cls_states = None
+        if config.num_cls_tokens:
+            cls_states = read_prefix(hidden_states, prefix, config.num_memory_tokens, config.num_cls_tokens)
         if hidden_states.shape[1] != length:
-            kept = hidden_states.shape[1] - length - config.num_memory_tokens if keep_prepended else 0
+            kept = hidden_states.shape[1] - length - config.num_prefix_tokens if keep_prepended else 0
             hidden_states = remove_prefix(hidden_states, prefix, kept)
-        return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=hidden_states, past_key_values=past_key_values
+        is_first = isinstance(cached, int) and cached == 0
+        z_loss = None
+        if carried.lse is not None:
+            z_loss = config.attention_z_loss_coef * attention_z_loss(carried.lse, padding)
+        return XTransformerModelOutput(
+            last_hidden_state=hidden_states,
+            past_key_values=past_key_values,
+            segment_memory=remember(entered, segment_memory, config) if entered and is_first else None,
+            attention_z_loss=z_loss,
+            cls_states=cls_states,
         )
 
     def _new_cache(self) -> Cache:
@@ -227,7 +247,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         return EncoderDecoderCache(cache, DynamicCache(config=self.config))
 
     def _with_prefix(self, hidden_states, mask, position_ids, past_key_values, length, prepend_mask):
-        """States, mask and positions of memory tokens, prepended vectors and tokens; and where the first two stand.
+        """States, mask and positions of learned tokens, prepended vectors and tokens; and where the first two stand.
 
         They come with the first call; after it, a cache holds them, and only the mask has to know.
 
@@ -235,9 +255,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
             hidden_states: `[B, P + N, C]`, prepended vectors before the `length` tokens.
             mask, position_ids: of tokens alone.
         """
-        memory = self.config.num_memory_tokens
+        learned = [tokens for tokens in (self.memory_tokens, self.cls_tokens) if tokens is not None]
         prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
-        count, is_first, first_length = memory + prepended.shape[1], True, length
+        count = self.config.num_prefix_tokens + prepended.shape[1]
+        is_first, first_length = True, length
         if past_key_values is not None and self.config.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
             is_first = layers[0].first_length == 0
@@ -247,14 +268,12 @@ class XTransformerModel(XTransformerPreTrainedModel):
         if not count:
             return hidden_states, mask, position_ids, Prefix()
         prefix = Prefix(prefix_start(mask, first_length), count)
+        check_memory_place(mask, prefix.start, first_length, self.config)
         mask = with_prefix(mask, prefix, real_tokens(prepend_mask))
         position_ids = position_ids + count
         if is_first:
-            front = prepended
-            if memory:
-                tokens = self.memory_tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1)
-                front = torch.cat([tokens, prepended], dim=1)
-            hidden_states = insert_prefix(hidden_states, front, prefix.start)
+            rows = [tokens.to(prepended.dtype).expand(prepended.shape[0], -1, -1) for tokens in learned]
+            hidden_states = insert_prefix(hidden_states, torch.cat([*rows, prepended], dim=1), prefix.start)
             places = torch.arange(count, device=position_ids.device)
             rows = position_ids if prefix.start is None else position_ids.expand(prefix.start.shape[0], -1)
             position_ids = insert_prefix(rows, places.expand(rows.shape[0], -1), prefix.start)
@@ -279,6 +298,14 @@ class XTransformerModel(XTransformerPreTrainedModel):
             visibility = visibility._replace(key_lengths=seen)
         return visibility
 
+    def _rotary(self, query_position_ids, key_position_ids):
+        """Tables for the queries and for the keys, or None."""
+        if self.rotary is None:
+            return None
+        if query_position_ids is key_position_ids:
+            return self.rotary(query_position_ids)
+        return self.rotary(query_position_ids)[0], self.rotary(key_position_ids)[1]
+
     def _encoder_rotary(self, position_ids, encoder_hidden_states, encoder_position_ids):
         """Tables for the queries and keys of cross-attention, or None."""
         if encoder_hidden_states is None or encoder_position_ids is None:
@@ -290,30 +317,30 @@ class XTransformerModel(XTransformerPreTrainedModel):
     def _encoder_visibility(self, encoder_hidden_states, encoder_attention_mask) -> Visibility | None:
         if encoder_hidden_states is None:
             return None
-        mask, share = real_tokens(encoder_attention_mask), self.config.encoder_token_dropout
+        mask, share = real_tokens(encoder_attention_mask, encoder_hidden_states), self.config.encoder_token_dropout
         if self.training and share:
             mask = hide_at_random(mask, encoder_hidden_states, share, keep_first=True)
         return Visibility(causal=False, key_mask=mask)
 
 
-class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
+class ScaledLogits:
+    """Logits times `config.logit_scale`, for the heads over the vocabulary."""
+
+    def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return super().logits_of(hidden_states) * self.config.logit_scale
+
+
+class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """A decoder with a language modelling head. Makes its configuration causal."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
+    body_class = XTransformerModel
+    output_class = XTransformerCausalLMOutput
+    passed_on = (*CausalLMHead.passed_on, "segment_memory", "attention_z_loss")
 
-    def __init__(self, config: XTransformerConfig):
-        if not config.is_decoder:
-            config = copy.deepcopy(config)
-            config.is_decoder = True
-        super().__init__(config)
-        self.model = XTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
+    def loss_of(self, logits, labels, outputs, **kwargs) -> torch.Tensor:
+        loss = super().loss_of(logits, labels, outputs, **kwargs)
+        return loss if outputs.attention_z_loss is None else loss + outputs.attention_z_loss
 
-    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -324,275 +351,53 @@ class XTransformerForCausalLM(XTransformerPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        logits_to_keep: int | torch.Tensor = 0,
+        segment_memory: torch.Tensor | None = None,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> CausalLMOutputWithCrossAttentions:
-        """Next-token logits `[B, N, vocab_size]`; arguments as in `XTransformerModel.forward`, and:
-
-        Args:
-            labels: `[B, N]`, the input ids themselves (the loss shifts them), -100 where nothing is to be learned.
-            logits_to_keep: the last so many positions, or a tensor of positions; 0 is all.
-        """
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            prepend_embeds=prepend_embeds,
-            prepend_mask=prepend_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(outputs.last_hidden_state[:, kept]) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return CausalLMOutputWithCrossAttentions(
-            loss=loss,
-            logits=logits,
-            past_key_values=outputs.past_key_values,
-            hidden_states=outputs.hidden_states,
-            attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
+    ):
+        """As in `CausalLMHead`; what only the body takes is named because `generate` refuses names it cannot find."""
+        kwargs |= {"prepend_embeds": prepend_embeds, "prepend_mask": prepend_mask, "segment_memory": segment_memory}
+        return super().forward(
+            input_ids, attention_mask, position_ids, past_key_values, inputs_embeds, labels, **kwargs
         )
 
 
-class XTransformerForMaskedLM(XTransformerPreTrainedModel):
+class XTransformerForMaskedLM(ScaledLogits, MaskedLMHead, XTransformerPreTrainedModel):
     """An encoder with a head that predicts masked tokens."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-    _fsdp_plan = {"lm_head": "keep_full_weight"}
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        if config.is_decoder:
-            raise ValueError("XTransformerForMaskedLM looks both ways, so config.is_decoder must be False, got True")
-        self.model = XTransformerModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> MaskedLMOutput:
-        """Logits `[B, N, vocab_size]`; `labels` `[B, N]` hold the original ids of masked tokens and -100 elsewhere."""
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(logits=logits, labels=labels, vocab_size=self.config.vocab_size, **kwargs)
-        return MaskedLMOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerModel
 
 
-class XTransformerForSequenceClassification(XTransformerPreTrainedModel):
+class XTransformerForSequenceClassification(SequenceClassificationHead, XTransformerPreTrainedModel):
     """One label (or number) for a sequence, read from a pooled hidden state (`config.classifier_pooling`)."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
+    body_class = XTransformerModel
 
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> SequenceClassifierOutput:
-        """Logits `[B, num_labels]`; `labels` `[B]` ids, or floats for regression and several labels."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        mask = attention_mask
-        if mask is None and input_ids is not None and self.config.pad_token_id is not None:
-            mask = input_ids != self.config.pad_token_id
-        pooled = pool_hidden_states(outputs.last_hidden_state, mask, self.config.classifier_pooling)
-        logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return SequenceClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    def pool(self, outputs, attention_mask, input_ids) -> torch.Tensor:
+        """As in the base; of CLS tokens their states, `[B, tokens, hidden_size]` if there are several."""
+        if self.config.classifier_pooling != "cls":
+            return super().pool(outputs, attention_mask, input_ids)
+        states = outputs.cls_states
+        return states[:, 0] if states.shape[1] == 1 else states
 
 
-class XTransformerForTokenClassification(XTransformerPreTrainedModel):
+class XTransformerForTokenClassification(TokenClassificationHead, XTransformerPreTrainedModel):
     """One label for each token."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerModel(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids=None,
-        attention_mask=None,
-        inputs_embeds=None,
-        labels=None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> TokenClassifierOutput:
-        """Logits `[B, N, num_labels]`; `labels` `[B, N]`, -100 where there is none."""
-        kwargs["use_cache"] = False
-        outputs = self.model(input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs)
-        logits = self.score(self.dropout(outputs.last_hidden_state))
-        loss = None if labels is None else self.loss_function(logits, labels, self.config, **kwargs)
-        return TokenClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerModel
 
 
-class XTransformerEncoderDecoderModel(XTransformerPreTrainedModel):
+class XTransformerEncoderDecoderModel(PairOfStacks, XTransformerPreTrainedModel):
     """An encoder and a decoder that reads it through cross-attention, without a head."""
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        if not config.is_encoder_decoder:
-            raise ValueError(f"{type(self).__name__} needs config.is_encoder_decoder=True, got False")
-        if config.share_embeddings:
-            self._tied_weights_keys = {"encoder.embed_tokens.weight": "decoder.embed_tokens.weight"}
-        self.encoder = self.make_encoder(config)
-        self.decoder = XTransformerModel(config.decoder_config())
-        self.post_init()
-
-    def make_encoder(self, config: XTransformerConfig) -> XTransformerModel:
-        """What the decoder reads."""
-        return XTransformerModel(config.encoder_config())
+    stack_class = XTransformerModel
 
     def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict:
         # Sharing the tables is a choice of its own: transformers ties nothing unless the head is tied as well.
         tied = super().get_expanded_tied_weights_keys(all_submodels)
         return tied | self._tied_weights_keys if self.config.share_embeddings else tied
 
-    def get_input_embeddings(self):
-        return self.encoder.embed_tokens
 
-    def set_input_embeddings(self, new_embeddings):
-        self.encoder.embed_tokens = new_embeddings
-        if self.config.share_embeddings:
-            self.decoder.embed_tokens = new_embeddings
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqModelOutput:
-        """The decoder's hidden states `[B, N, hidden_size]`; arguments as in `XTransformerModel.forward`, and:
-
-        Args:
-            encoder_outputs: what the encoder returned before, instead of its inputs.
-        """
-        if encoder_outputs is None:
-            encoder_outputs = self.encoder(
-                input_ids=input_ids, attention_mask=attention_mask, inputs_embeds=inputs_embeds, **kwargs
-            )
-        elif isinstance(encoder_outputs, tuple):
-            encoder_outputs = BaseModelOutput(*encoder_outputs)
-        outputs = self.decoder(
-            input_ids=decoder_input_ids,
-            attention_mask=decoder_attention_mask,
-            inputs_embeds=decoder_inputs_embeds,
-            past_key_values=past_key_values,
-            encoder_hidden_states=encoder_outputs[0],
-            encoder_attention_mask=attention_mask,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        return Seq2SeqModelOutput(
-            last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
-            decoder_hidden_states=outputs.hidden_states,
-            decoder_attentions=outputs.attentions,
-            cross_attentions=outputs.cross_attentions,
-            encoder_last_hidden_state=encoder_outputs[0],
-            encoder_hidden_states=encoder_outputs.hidden_states,
-            encoder_attentions=encoder_outputs.attentions,
-        )
-
-
-class XTransformerForConditionalGeneration(XTransformerPreTrainedModel, GenerationMixin):
+class XTransformerForConditionalGeneration(ScaledLogits, Seq2SeqLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """An encoder–decoder with a language modelling head."""
 
-    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.model = XTransformerEncoderDecoderModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self,
-        input_ids: torch.LongTensor | None = None,
-        attention_mask: torch.Tensor | None = None,
-        decoder_input_ids: torch.LongTensor | None = None,
-        decoder_attention_mask: torch.Tensor | None = None,
-        encoder_outputs: BaseModelOutput | tuple | None = None,
-        past_key_values: Cache | None = None,
-        inputs_embeds: torch.Tensor | None = None,
-        decoder_inputs_embeds: torch.Tensor | None = None,
-        labels: torch.LongTensor | None = None,
-        use_cache: bool | None = None,
-        **kwargs: Unpack[TransformersKwargs],
-    ) -> Seq2SeqLMOutput:
-        """Logits `[B, N, vocab_size]` of the decoder; arguments as in `XTransformerEncoderDecoderModel.forward`, and:
-
-        Args:
-            decoder_input_ids: `[B, N]`; the labels moved right by one behind `decoder_start_token_id` if not given.
-            labels: `[B, N]`, the tokens to produce at each position (not shifted), -100 where nothing is learned.
-        """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            input_ids=input_ids,
-            attention_mask=attention_mask,
-            decoder_input_ids=decoder_input_ids,
-            decoder_attention_mask=decoder_attention_mask,
-            encoder_outputs=encoder_outputs,
-            past_key_values=past_key_values,
-            inputs_embeds=inputs_embeds,
-            decoder_inputs_embeds=decoder_inputs_embeds,
-            use_cache=use_cache,
-            **kwargs,
-        )
-        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
-            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)
-        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """The decoder's inputs for `labels` `[B, N]`: see `shift_labels_right`."""
-        return shift_labels_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)
+    body_class = XTransformerEncoderDecoderModel

@@ -22,12 +22,14 @@ class Attended(NamedTuple):
         weights: `[B, H, N, M]`, from the written-out form only.
         values: `[B, G, N, V]`, before any mixing.
         scores: `[B, H, N, R + M]` before the mask, from the written-out form only.
+        lse: `[B, H, N]`, logarithms of the softmax' denominators, for `attention_z_loss_coef` only.
     """
 
     output: torch.Tensor
     weights: torch.Tensor | None
     values: torch.Tensor
     scores: torch.Tensor | None
+    lse: torch.Tensor | None
 
 
 class XTransformerAttention(nn.Module):
@@ -67,6 +69,9 @@ class XTransformerAttention(nn.Module):
         self.value_gate = ValueGate(config) if config.value_gate is not None else None
         self.is_gated_output = config.attention_on_attention
         self.dropout, self.output_dropout = config.attention_dropout, config.attention_output_dropout
+        # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
+        self.softcap, self.backend = config.attn_logit_softcapping, config.kernel_backend
+        self.penalised = bool(config.attention_z_loss_coef)
 
     def set_initial_values(self) -> None:
         if self.memory_key is not None:
@@ -80,7 +85,7 @@ class XTransformerAttention(nn.Module):
     def forward(
         self,
         hidden_states: torch.Tensor,
-        encoder_hidden_states: torch.Tensor | None = None,
+        source: torch.Tensor | None = None,
         first_values: torch.Tensor | None = None,
         previous_scores: torch.Tensor | None = None,
         *,
@@ -90,9 +95,10 @@ class XTransformerAttention(nn.Module):
         position_bias: nn.Module | None = None,
         past_key_values: Cache | None = None,
     ) -> Attended:
-        """Attend from `hidden_states` `[B, N, C]` to itself, or to `encoder_hidden_states` `[B, K, E]`.
+        """Attend from `hidden_states` `[B, N, C]` to itself, or to `source` `[B, K, E]`.
 
         Args:
+            source: an encoder's states, or those of a memory and `hidden_states` together; None for the latter alone.
             first_values: `[B, G, N, V]`, the values of the first block, or None in the first.
             previous_scores: the scores of the block before, or None.
             visibility: which keys count. Its masks cover all keys, the cached ones as well.
@@ -101,11 +107,13 @@ class XTransformerAttention(nn.Module):
             position_bias: gives the bias of the scores, see position_bias.py; or None.
             past_key_values: the cache, or None.
         """
-        query = self.q_norm(self.split_heads(self.q_proj(hidden_states), self.head_dim))
+        query = self.split_heads(self.q_proj(hidden_states), self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
         if rotary is not None:
             query = rotate(query, rotary[0])
         key, value, raw_value = self._keys_and_values(
-            hidden_states, encoder_hidden_states, first_values, rotary, past_key_values, layer_idx
+            hidden_states if source is None else source, first_values, rotary, past_key_values, layer_idx
         )
         if visibility.key_mask is not None and visibility.key_mask.shape[1] != key.shape[2]:
             visibility = visibility._replace(key_mask=_fit(visibility.key_mask, key.shape[2]))
@@ -113,19 +121,19 @@ class XTransformerAttention(nn.Module):
         mixes = self.adds_scores or self.mix_scores is not None or self.mix_weights is not None
         if mixes or self.config._attn_implementation == "eager":
             previous = previous_scores if self.adds_scores else None
-            output, weights, scores = written_out_attention(
+            output, weights, scores, lse = written_out_attention(
                 query, key, value, visibility, extras, previous, self.mix_scores, self.mix_weights
             )
         else:
-            output = fused_attention(query, key, value, visibility, extras, self.config.kernel_backend)
+            output, lse = fused_attention(query, key, value, visibility, extras, self.backend, self.penalised)
             weights = scores = None
-        return Attended(self._project_out(output, hidden_states), weights, raw_value, scores)
+        return Attended(self._project_out(output, hidden_states), weights, raw_value, scores, lse)
 
     def split_heads(self, states: torch.Tensor, size: int) -> torch.Tensor:
         """`[B, N, H * D]` to `[B, H, N, D]`; tensor parallelism may have left fewer heads than the config says."""
         return states.unflatten(-1, (-1, size)).transpose(1, 2)
 
-    def _keys_and_values(self, hidden_states, encoder_hidden_states, first_values, rotary, past_key_values, layer_idx):
+    def _keys_and_values(self, source, first_values, rotary, past_key_values, layer_idx):
         """Keys, values, and the values before they were mixed with those of the first block."""
         cross, cache = self.is_cross_attention, past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
@@ -133,24 +141,25 @@ class XTransformerAttention(nn.Module):
             if cross and past_key_values.is_updated.get(layer_idx):
                 layer = cache.layers[layer_idx]
                 return layer.keys, layer.values, layer.values
-        source = encoder_hidden_states if cross else hidden_states
-        key = self.k_norm(self.split_heads(self.k_proj(source), self.head_dim))
+        key = self.split_heads(self.k_proj(source), self.head_dim)
+        if self.k_norm is not None:
+            key = self.k_norm(key)
         if rotary is not None:
             key = rotate(key, rotary[1])
         raw_value = value = self.split_heads(self.v_proj(source), self.value_head_dim)
         if self.mixes_values and first_values is not None:
-            value = torch.lerp(first_values, value, self._value_share(hidden_states, value))
+            value = torch.lerp(first_values, value, self._value_share(source, value))
         if cache is not None:
             key, value = cache.update(key, value, layer_idx)
             if cross:
                 past_key_values.is_updated[layer_idx] = True
         return key, value, raw_value
 
-    def _value_share(self, hidden_states, value):
+    def _value_share(self, source, value):
         """How much of a block's own value stays: a number for each token and head, or one half."""
         if self.value_mix is None:
             return torch.full((), 0.5, dtype=value.dtype, device=value.device)
-        return self.value_mix(hidden_states).sigmoid().transpose(1, 2)[..., None]
+        return self.value_mix(source).sigmoid().transpose(1, 2)[..., None]
 
     def _extras(self, query, key, position_bias) -> Extras:
         memory_key = self.memory_key
@@ -163,7 +172,7 @@ class XTransformerAttention(nn.Module):
         return Extras(
             scale=self.scaling,
             bias={} if position_bias is None else position_bias(max(key.shape[2] - 1, 0)),
-            softcap=self.config.attn_logit_softcapping,
+            softcap=self.softcap,
             memory_key=memory_key if memory_key is None else memory_key.to(key.dtype),
             memory_value=self.memory_value if self.memory_value is None else self.memory_value.to(key.dtype),
             sinks=sinks,
@@ -181,7 +190,9 @@ class XTransformerAttention(nn.Module):
         output = self.o_proj(heads.transpose(1, 2).flatten(2))
         if self.is_gated_output:
             output = nn.functional.glu(output, dim=-1)
-        return nn.functional.dropout(output, self.output_dropout, self.training)
+        if self.training and self.output_dropout:
+            output = nn.functional.dropout(output, self.output_dropout)
+        return output
 
 
 class TalkingHeads(nn.Module):

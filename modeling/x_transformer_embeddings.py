@@ -119,6 +119,14 @@ def remove_prefix(together: torch.Tensor, prefix: Prefix, kept: int = 0) -> torc
     return together.gather(1, _as_index(index, together))
 
 
+def read_prefix(together: torch.Tensor, prefix: Prefix, place: int, count: int) -> torch.Tensor:
+    """`count` of the prefix in `together` `[B, m + N, ...]`, from its `place` on: `[B, count, ...]`."""
+    if prefix.start is None:
+        return together[:, place : place + count]
+    index = prefix.start[:, None] + torch.arange(place, place + count, device=together.device)
+    return together.gather(1, _as_index(index, together))
+
+
 def _insertion_order(tokens, prefix, start):
     """For each slot of the result, its place in prefix and tokens set one behind the other."""
     length = prefix.shape[1]

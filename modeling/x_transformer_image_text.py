@@ -15,13 +15,17 @@ import torch
 from torch import nn
 from transformers.cache_utils import Cache
 from transformers.generation import GenerationMixin
-from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.x_transformer import XTransformerConfig
-from .shifted_labels import shift_labels_right
-from .x_transformer import XTransformerEncoderDecoderModel, XTransformerModel, XTransformerPreTrainedModel
+from .encoder_decoder import Seq2SeqLMHead
+from .x_transformer import (
+    ScaledLogits,
+    XTransformerEncoderDecoderModel,
+    XTransformerModel,
+    XTransformerPreTrainedModel,
+)
 from .x_transformer_images import XTransformerImageEncoder
 
 
@@ -35,6 +39,7 @@ class XTransformerImageTextEncoder(XTransformerModel):
         self.vision_tower = XTransformerImageEncoder(image_config)
         self.post_init()
 
+    @can_return_tuple
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,
@@ -148,23 +153,19 @@ class XTransformerImageTextModel(XTransformerEncoderDecoderModel):
         )
 
 
-class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixin):
+class XTransformerForImageTextToText(ScaledLogits, Seq2SeqLMHead, XTransformerPreTrainedModel, GenerationMixin):
     """Writes text about images: a captioner, or an answer to a text and an image (`config.image_fusion`)."""
 
+    body_class = XTransformerImageTextModel
+    main_input_name = "pixel_values"
     input_modalities = ("image", "text")
     output_modalities = ("text",)
-    _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
-    _tp_plan = {"lm_head": "colwise_gather_output"}
 
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.model = XTransformerImageTextModel(config)
-        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=config.lm_head_bias)
-        if config.image_fusion == "cross_attention":
-            self.main_input_name = "pixel_values"
-        self.post_init()
+    def add_head(self, config: XTransformerConfig) -> None:
+        super().add_head(config)
+        if config.image_fusion == "prepended":
+            self.main_input_name = "input_ids"
 
-    @can_return_tuple
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,
@@ -197,10 +198,7 @@ class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixi
         Raises:
             ValueError: inputs that do not go together, or of a wrong shape.
         """
-        if labels is not None and decoder_input_ids is None and decoder_inputs_embeds is None:
-            decoder_input_ids = self.prepare_decoder_input_ids_from_labels(labels)
-        outputs = self.model(
-            pixel_values=pixel_values,
+        return super().forward(
             input_ids=input_ids,
             attention_mask=attention_mask,
             decoder_input_ids=decoder_input_ids,
@@ -208,18 +206,13 @@ class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixi
             encoder_outputs=encoder_outputs,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
-            image_embeds=image_embeds,
             decoder_inputs_embeds=decoder_inputs_embeds,
+            labels=labels,
             use_cache=use_cache,
+            pixel_values=pixel_values,
+            image_embeds=image_embeds,
             **kwargs,
         )
-        logits = self.lm_head(outputs.last_hidden_state) * self.config.logit_scale
-        loss = None
-        if labels is not None:
-            # The labels already stand where they are predicted: the masked loss is the one that does not shift.
-            loss = ForMaskedLMLoss(logits, labels.contiguous(), self.config.vocab_size, **kwargs)
-        shared = {name: value for name, value in outputs.items() if name != "last_hidden_state"}
-        return Seq2SeqLMOutput(loss=loss, logits=logits, **shared)
 
     def _prepare_decoder_input_ids_for_generation(self, batch_size, model_input_name, model_kwargs, **kwargs):
         ids, mask = model_kwargs.get("input_ids"), model_kwargs.get("attention_mask")
@@ -227,7 +220,3 @@ class XTransformerForImageTextToText(XTransformerPreTrainedModel, GenerationMixi
             # The beginning of a caption, and its mask.
             model_kwargs["decoder_attention_mask"] = model_kwargs.pop("attention_mask")
         return super()._prepare_decoder_input_ids_for_generation(batch_size, model_input_name, model_kwargs, **kwargs)
-
-    def prepare_decoder_input_ids_from_labels(self, labels: torch.LongTensor) -> torch.LongTensor:
-        """The decoder's inputs for `labels` `[B, N]`: see `shift_labels_right`."""
-        return shift_labels_right(labels, self.config.decoder_start_token_id, self.config.pad_token_id)

@@ -12,13 +12,13 @@ from typing import Unpack
 import torch
 from torch import nn
 from transformers import initialization as init
-from transformers.modeling_outputs import BaseModelOutput, ImageClassifierOutput
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.x_transformer import XTransformerConfig
+from .heads import ImageClassificationHead
 from .image_patches import PatchEmbedding, resized_positions, sincos_positions
 from .norm_family import layer_norm
-from .pooling import pool_hidden_states
 from .x_transformer import XTransformerModel, XTransformerPreTrainedModel
 
 
@@ -80,16 +80,26 @@ class XTransformerImageEncoder(XTransformerModel):
         config.check_image_encoder()
         return XTransformerImageEmbeddings(config), Unchanged()
 
+    @can_return_tuple
     # Not called `kwargs`: an encoder with those is given all that `generate` was given, the decoder's ids as well.
-    def forward(self, pixel_values: torch.Tensor, **options: Unpack[TransformersKwargs]) -> BaseModelOutput:
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        **options: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
         """Normed hidden states `[B, patches, hidden_size]`, without the registers.
 
         Args:
             pixel_values: `[B, num_channels, height, width]`, floating point; `patch_size` divides height and width.
+            output_attentions, output_hidden_states: as everywhere in transformers.
 
         Raises:
             ValueError: another shape or dtype.
         """
+        recorded = {"output_attentions": output_attentions, "output_hidden_states": output_hidden_states}
+        options |= {name: wish for name, wish in recorded.items() if wish is not None}
         registers = self.config.num_register_tokens
         outputs = super().forward(inputs_embeds=self.embed_tokens(pixel_values), **options)
         hidden_states = outputs.last_hidden_state
@@ -100,35 +110,7 @@ class XTransformerImageEncoder(XTransformerModel):
         )
 
 
-class XTransformerForImageClassification(XTransformerPreTrainedModel):
+class XTransformerForImageClassification(ImageClassificationHead, XTransformerPreTrainedModel):
     """One label for an image, read from the pooled patches (`config.classifier_pooling`)."""
 
-    main_input_name = "pixel_values"
-    input_modalities = ("image",)
-
-    def __init__(self, config: XTransformerConfig):
-        super().__init__(config)
-        self.num_labels = config.num_labels
-        self.model = XTransformerImageEncoder(config)
-        self.dropout = nn.Dropout(config.classifier_dropout)
-        self.score = nn.Linear(config.hidden_size, config.num_labels)
-        self.post_init()
-
-    @can_return_tuple
-    def forward(
-        self, pixel_values: torch.Tensor, labels: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
-    ) -> ImageClassifierOutput:
-        """Logits `[B, num_labels]` for `pixel_values` `[B, num_channels, height, width]`.
-
-        Args:
-            labels: `[B]` ids, or floats for regression and several labels.
-        """
-        outputs = self.model(pixel_values, **kwargs)
-        pooled = pool_hidden_states(outputs.last_hidden_state, None, self.config.classifier_pooling)
-        logits = self.score(self.dropout(pooled))
-        loss = None
-        if labels is not None:
-            loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **kwargs)
-        return ImageClassifierOutput(
-            loss=loss, logits=logits, hidden_states=outputs.hidden_states, attentions=outputs.attentions
-        )
+    body_class = XTransformerImageEncoder

@@ -2,6 +2,7 @@
 
 import torch
 
+from .input_checks import can_look
 from .softmax_attention import Visibility
 from .x_transformer_embeddings import Prefix, insert_prefix
 
@@ -28,17 +29,6 @@ def check_cache(past_key_values, config) -> None:
         )
 
 
-def real_tokens(attention_mask: torch.Tensor | None) -> torch.Tensor | None:
-    """`[B, everything seen]` bool, or None where there is no padding."""
-    if attention_mask is None:
-        return None
-    if attention_mask.ndim != 2:
-        raise ValueError(
-            f"attention_mask must have shape [batch, cached and new tokens], got {tuple(attention_mask.shape)}"
-        )
-    return attention_mask != 0
-
-
 def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor | None:
     """Where memory tokens stand in each row `[B]`: behind the left padding of the first `first_length` tokens."""
     if mask is None:
@@ -46,6 +36,26 @@ def prefix_start(mask: torch.Tensor | None, first_length: int) -> torch.Tensor |
     # The first real token; a row that begins with nothing but padding has its prefix behind that.
     first = torch.cat([mask[:, :first_length], mask.new_ones(mask.shape[0], 1)], dim=1)
     return first.int().argmax(dim=1)
+
+
+def check_memory_place(mask: torch.Tensor | None, start: torch.Tensor | None, first_length: int, config) -> None:
+    """The first call, of `first_length` tokens, has reached the first real token of every row.
+
+    Raises:
+        ValueError: otherwise: memory tokens stand right before that token and cannot be moved in a cache, which
+            biases, windows and token shifts would notice (rotary positions are told apart from slots).
+    """
+    if not (config.position_bias or config.sliding_window or config.shift_tokens):
+        return
+    if mask is None or not can_look(mask) or first_length >= mask.shape[1]:
+        return
+    late = (start == first_length) & ~mask[:, first_length]
+    if late.any():
+        raise ValueError(
+            "memory tokens and prepended vectors stand right before the first real token of each row, so the first "
+            f"call must reach it; row {int(late.int().argmax())} begins with more padding than that call had tokens "
+            f"({first_length}): use a larger prefill_chunk_size"
+        )
 
 
 def with_prefix(mask: torch.Tensor | None, prefix: Prefix, prepend_mask: torch.Tensor | None) -> torch.Tensor | None:

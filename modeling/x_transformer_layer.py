@@ -11,6 +11,7 @@ from .hyper_connections import make_hyper_connection
 from .neighbour_shift import shift_neighbours, stack_neighbours
 from .norm_family import block_norm
 from .residual_rules import LayerScale, make_residual
+from .segment_memory import Recalled
 from .softmax_attention import Visibility
 from .x_transformer_attention import XTransformerAttention
 
@@ -21,12 +22,16 @@ class Carried(NamedTuple):
     Attributes:
         values, cross_values: `[B, G, N, V]`, the first block's, for `value_residual`.
         scores, cross_scores: `[B, H, N, R + M]`, the last block's, for `residual_attention`.
+        lse: `[B, H, N]`, the sum over all attentions so far, for `attention_z_loss_coef`.
+        entered: `[B, N, C]`, what entered this block's self-attention, for `mem_len`; not for the next block.
     """
 
     values: torch.Tensor | None = None
     cross_values: torch.Tensor | None = None
     scores: torch.Tensor | None = None
     cross_scores: torch.Tensor | None = None
+    lse: torch.Tensor | None = None
+    entered: torch.Tensor | None = None
 
 
 class Branch(nn.Module):
@@ -85,7 +90,8 @@ class XTransformerLayer(GradientCheckpointingLayer):
         super().__init__()
         first_branch = sum(len(order) for order in config.block_orders[:block_idx])
         self.order = config.block_orders[block_idx]
-        self.is_causal = config.is_decoder
+        self.is_causal, self.remembers = config.is_decoder, config.mem_len > 0
+        self.penalised = bool(config.attention_z_loss_coef)
         self.branch_names: list[tuple[str, str]] = []
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
@@ -112,6 +118,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
         position_bias: nn.Module | None = None,
         past_key_values=None,
         padding: torch.Tensor | None = None,
+        recalled: Recalled | None = None,
     ) -> tuple[torch.Tensor, ...]:
         """The stream `[B, N, C]` (with several, `[B, N, n, C]`) after this block, and what the next one is handed.
 
@@ -119,22 +126,23 @@ class XTransformerLayer(GradientCheckpointingLayer):
             carried: the fields of `Carried`.
             layer_idx: the place of this step in the cache.
             padding: `[B, N]`, nonzero at real tokens, for the token shift; or None.
+            recalled: the memory of the segments before, or None.
             visibility, rotary, position_bias, past_key_values: see `XTransformerAttention.forward`;
                 `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
         for kind, name in self.branch_names:
             function, branch = getattr(self, name), getattr(self, f"{name}_branch")
-            inputs, mixed = branch.read(hidden_states)
-            inputs = branch.norm(inputs)
+            entered, mixed = branch.read(hidden_states)
+            inputs = branch.norm(entered)
             if branch.shift:
                 inputs = self._shifted(inputs, branch.shift, name, past_key_values, layer_idx, padding)
             if kind == "f":
                 update = function(inputs)
             elif kind == "a":
-                update, _, values, scores = function(
+                update, _, values, scores, lse = function(
                     inputs,
-                    None,
+                    None if recalled is None else recalled.before(inputs, layer_idx, branch.norm),
                     carried.values,
                     carried.scores,
                     visibility=visibility,
@@ -144,8 +152,10 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     past_key_values=past_key_values,
                 )
                 carried = carried._replace(**_kept(function, carried.values, values, scores))
+                carried = carried._replace(lse=self._summed(carried.lse, lse))
+                carried = carried._replace(entered=entered if self.remembers else None)
             else:
-                update, _, values, scores = function(
+                update, _, values, scores, lse = function(
                     inputs,
                     encoder_hidden_states,
                     carried.cross_values,
@@ -157,8 +167,14 @@ class XTransformerLayer(GradientCheckpointingLayer):
                 )
                 kept = _kept(function, carried.cross_values, values, scores)
                 carried = carried._replace(**{f"cross_{name}": tensor for name, tensor in kept.items()})
+                carried = carried._replace(lse=self._summed(carried.lse, lse))
             hidden_states = branch.add(hidden_states, update, mixed)
         return hidden_states, *carried
+
+    def _summed(self, total, lse):
+        if not self.penalised:
+            return None
+        return lse if total is None else total + lse
 
     def _shifted(self, inputs, amount, name, past_key_values, layer_idx, padding):
         previous = None

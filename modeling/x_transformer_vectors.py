@@ -158,6 +158,11 @@ class XTransformerForContinuousPrediction(XTransformerPreTrainedModel):
         real = (attention_mask != 0)[..., None].expand_as(loss)
         return loss.masked_fill(~real, 0).sum() / real.sum().clamp(min=1)
 
+    @classmethod
+    def can_generate(cls) -> bool:
+        # Not tokens. (Of remote code, transformers takes any `generate` for its own, unless it is told.)
+        return False
+
     @torch.no_grad()
     def generate(
         self,

@@ -7,7 +7,7 @@
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
 All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/: performer.csv,
-flash_attention.csv, soft_topk.csv, perceiver_flash.csv, colt5.csv, and gpu.csv for those of a GPU.
+flash_attention.csv, soft_topk.csv, colt5.csv, perceiver_flash.csv, x_transformer.csv, and gpu.csv for those of a GPU.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -44,10 +44,11 @@ PARTS = {
     "perceiver": ["perceiver_flash"],
     "perceiver-chunks": ["perceiver_flash"],
     "perceiver-language": ["perceiver_flash"],
+    "x-transformer": ["flash_attention", "x_transformer"],
 }
 FOLDER = ROOT / "docs/benchmarks"
 # Rows whose names begin so have a file of that name.
-OPERATION_FILES = ("flash_attention", "soft_topk", "perceiver_flash", "colt5")
+OPERATION_FILES = ("flash_attention", "soft_topk", "colt5", "perceiver_flash", "x_transformer")
 OTHER_FILE = "performer"
 GPU_LENGTHS = (2048, 4096, 8192, 16384)
 FLASH_LENGTHS = (2048, 4096, 8192)
@@ -153,6 +154,8 @@ def measure(arguments) -> list[Row]:
             if max(arguments.layer_lengths) == max(LAYER_LENGTHS):
                 collect(measure_base(max(LAYER_LENGTHS)))
         measure_perceivers(arguments, collect)
+        if "x-transformer" in arguments.only:
+            measure_x_transformers(arguments, collect)
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
@@ -177,6 +180,18 @@ def measure_perceivers(arguments, collect) -> None:
     if "perceiver-language" in arguments.only:
         for length in arguments.lengths if quick else LANGUAGE_LENGTHS:
             collect(measure_language(length, repeats, quick))
+
+
+def measure_x_transformers(arguments, collect) -> None:
+    """The rows of XTransformer, which run under the default setting only."""
+    import benchmark_x_transformer as part
+
+    quick, repeats = arguments.quick, arguments.repeats
+    collect(part.measure_training(["plain"], 64 if quick else 4096, repeats, peers=not quick))
+    biased = [option for option in part.OPTIONS if option != "plain"]
+    collect(part.measure_training(biased, 64 if quick else 4096, 1, peers=not quick))
+    collect(part.measure_memory(128 if quick else 8192))
+    collect(part.measure_generation(*(8, 8) if quick else (64, 256), repeats, peers=not quick))
 
 
 def run_setting(setting: str, partial: Path) -> list[Row]:

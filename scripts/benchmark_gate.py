@@ -14,12 +14,13 @@ TESTS = {
     "linear_attention": ["tests/test_linear_attention*.py"],
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
-    "performer": ["tests/test_performer*.py", "tests/test_generation.py"],
+    "performer": ["tests/test_performer*.py", "tests/test_generation_contract.py"],
     "colt5": ["tests/test_routed_block*.py", "tests/test_row_blocks.py", "tests/test_flash_attention_band.py"],
     "perceiver_flash": [
         *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),
         *("tests/test_flash_attention_parts.py", "tests/test_conversion_perceiver.py"),
     ],
+    "x_transformer": ["tests/test_x_transformer*.py", "tests/test_generation_contract.py"],
 }
 QUICK_TESTS = {
     "linear_attention": [
@@ -29,6 +30,7 @@ QUICK_TESTS = {
     "performer": [],
     "colt5": ["tests/test_routed_blocks.py::test_feed_forward_is_the_formula"],
     "perceiver_flash": ["tests/test_flash_attention_parts.py::test_parts_equal_the_whole"],
+    "x_transformer": ["tests/test_x_transformer.py::test_an_encoder_looks_both_ways"],
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }

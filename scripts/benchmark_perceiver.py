@@ -1,8 +1,8 @@
 """PerceiverFlash beside perceiver-pytorch and transformers' Perceiver, whole models on random inputs, one row.
 
-- `perceiver_flash_features`: 128-wide inputs, 256 latents of 512, two cross-attentions with one head of 64, two blocks
-  of self-attention behind each; the inputs are data and need no gradient. transformers' Perceiver has one
-  cross-attention, so it is compared with its own conversion.
+- `perceiver_flash_features`: 128-wide inputs, 256 latents of 512, one cross-attention of eight heads and four blocks
+  of self-attention; the inputs are data and need no gradient. transformers' Perceiver has other widths than
+  perceiver-pytorch's, so it is compared with its own conversion.
 - `perceiver_flash_language`: the full configuration of deepmind/language-perceiver (201 M random weights), logits for
   every input, against its conversion.
 - `perceiver_flash_chunks`: cross-attention over chunks against the same model reading its input at once; 64-wide
@@ -80,15 +80,12 @@ def measure_chunks(length: int, repeats: int, whole: bool = True) -> Iterator[Ro
 
 
 def ours(**options) -> nn.Module:
-    """As perceiver-pytorch's: GEGLU, heads of 64, one of them in the cross-attentions."""
+    """As perceiver-pytorch's: GEGLU, eight heads of 64."""
     return _features_model(
         input_size=WIDTH,
         hidden_size=LATENT_WIDTH,
         num_latents=LATENTS,
-        num_cross_attention_layers=2,
-        num_self_attention_layers=2,
-        num_cross_attention_heads=1,
-        cross_head_dim=64,
+        num_self_attention_layers=4,
         gated_feed_forward=True,
         **options,
     )
@@ -108,8 +105,9 @@ def perceiver_pytorch() -> nn.Module:
         fourier_encode_data=False,
         input_axis=1,
         input_channels=WIDTH,
-        depth=2,
-        self_per_cross_attn=2,
+        depth=1,
+        self_per_cross_attn=4,
+        cross_heads=8,
         num_latents=LATENTS,
         latent_dim=LATENT_WIDTH,
         final_classifier_head=False,
@@ -117,13 +115,12 @@ def perceiver_pytorch() -> nn.Module:
 
 
 def transformers_perceiver() -> nn.Module:
-    """One cross-attention and four blocks, feed-forwards as wide; its dropout is off."""
+    """The same blocks, without gates; the cross-attention is as wide as the input. Its dropout is off."""
     config = PerceiverConfig(
         d_model=WIDTH,
         d_latents=LATENT_WIDTH,
         num_latents=LATENTS,
         num_self_attends_per_block=4,
-        num_cross_attention_heads=1,
         self_attention_widening_factor=4,
         cross_attention_widening_factor=4,
         attention_probs_dropout_prob=0.0,

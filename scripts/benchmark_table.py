@@ -32,6 +32,12 @@ TITLES = {
     "perceiver_flash_features": "Perceiver over features",
     "perceiver_flash_language": "language-perceiver, logits of all inputs",
     "perceiver_flash_chunks": "Cross-attention in chunks, whole model",
+    "x_transformer_plain": "Training step of a decoder",
+    "x_transformer_alibi": "Training step with ALiBi",
+    "x_transformer_t5": "Training step with T5's bias",
+    "x_transformer_softclamp": "Training step with clamped scores",
+    "x_transformer_memory": "Training step of XTransformer by option",
+    "x_transformer_generate": "`generate` of a decoder, greedy and cached",
 }
 
 

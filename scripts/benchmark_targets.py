@@ -157,43 +157,6 @@ def _routing_targets():
         )
 
 
-def _perceiver_targets():
-    name, both, peer = "perceiver_flash_features", "forward+backward", "perceiver-pytorch"
-    for other, own in ((peer, "ours"), ("transformers", "ours-converted")):
-        for field, bound, text in (("median", 1.6, "times faster than"), ("peak_mib", 3, "times less memory than")):
-            yield Target(
-                f"Perceiver, {both} over 64k inputs: {text} {other}",
-                lambda rows, other=other, own=own, field=field: rows.ratio(name, both, 65536, other, own, field),
-                bound,
-            )
-    yield Target(
-        f"Perceiver, {both} over 64k inputs in chunks: times less memory than {peer}",
-        lambda rows: rows.ratio(name, both, 65536, peer, "ours-chunked", "peak_mib"),
-        3,
-    )
-    for own, length, times in (("ours", 65536, 16), ("ours-chunked", 262144, 64)):
-        yield Target(
-            f"Perceiver, {both} over {times} times as many inputs as {peer}'s 4k ({own}): memory over {peer}'s",
-            lambda rows, own=own, length=length: rows.ratio(
-                name, both, length, own, peer, "peak_mib", other_length=4096
-            ),
-            1,
-            at_most=True,
-        )
-    yield Target(
-        f"cross-attention in chunks, {both} over 131k inputs: time over that of reading them at once",
-        lambda rows: rows.ratio("perceiver_flash_chunks", both, 131072, "ours-chunked", "ours"),
-        1.4,
-        at_most=True,
-    )
-    yield Target(
-        f"cross-attention in chunks, {both} over 1,048,576 inputs of 64: GiB above the input",
-        lambda rows: rows.field("perceiver_flash_chunks", both, 1048576, "ours-chunked", "peak_mib", 1024),
-        2,
-        at_most=True,
-    )
-
-
 def paper_flops(length: int, width: int = 768) -> float:
     """Floating point operations of a CoLT5 layer after section 3.4 of its paper, two for each multiplication.
 
@@ -236,13 +199,75 @@ def _routed_layer_targets():
     )
 
 
+def _perceiver_targets():
+    name, both, peer = "perceiver_flash_features", "forward+backward", "perceiver-pytorch"
+    for other, own in ((peer, "ours"), ("transformers", "ours-converted")):
+        for field, bound, text in (("median", 1.6, "times faster than"), ("peak_mib", 3, "times less memory than")):
+            yield Target(
+                f"Perceiver, {both} over 64k inputs: {text} {other}",
+                lambda rows, other=other, own=own, field=field: rows.ratio(name, both, 65536, other, own, field),
+                bound,
+            )
+    yield Target(
+        f"Perceiver, {both} over 64k inputs in chunks: times less memory than {peer}",
+        lambda rows: rows.ratio(name, both, 65536, peer, "ours-chunked", "peak_mib"),
+        3,
+    )
+    for own, length, times in (("ours", 65536, 16), ("ours-chunked", 262144, 64)):
+        yield Target(
+            f"Perceiver, {both} over {times} times as many inputs as {peer}'s 4k ({own}): memory over {peer}'s",
+            lambda rows, own=own, length=length: rows.ratio(
+                name, both, length, own, peer, "peak_mib", other_length=4096
+            ),
+            1,
+            at_most=True,
+        )
+    yield Target(
+        f"cross-attention in chunks, {both} over 131k inputs: time over that of reading them at once",
+        lambda rows: rows.ratio("perceiver_flash_chunks", both, 131072, "ours-chunked", "ours"),
+        1.4,
+        at_most=True,
+    )
+    yield Target(
+        f"cross-attention in chunks, {both} over 1,048,576 inputs of 64: GiB above the input",
+        lambda rows: rows.field("perceiver_flash_chunks", both, 1048576, "ours-chunked", "peak_mib", 1024),
+        2,
+        at_most=True,
+    )
+
+
+def _x_transformer_targets():
+    mode = "forward+backward"
+    yield Target(
+        "decoder, training step at 4k: time over x-transformers with flash",
+        lambda rows: rows.ratio("x_transformer_plain", mode, 4096, "ours", "x-transformers-flash"),
+        1,
+        at_most=True,
+    )
+    for option, text in (("alibi", "ALiBi"), ("t5", "T5's bias"), ("softclamp", "clamped scores")):
+        yield Target(
+            f"decoder with {text}, training step at 4k: times faster than x-transformers",
+            lambda rows, option=option: rows.ratio(f"x_transformer_{option}", mode, 4096, "x-transformers", "ours"),
+            4,
+        )
+    for peer, text, bound in (("x-transformers", "x-transformers", 1.3), ("llama", "Llama of the same size", 1)):
+        yield Target(
+            f"decoder, generate 64+256: times faster than {text}",
+            lambda rows, peer=peer: rows.ratio(
+                "x_transformer_generate", "64+256", 320, "ours", peer, "tokens_per_second"
+            ),
+            bound,
+        )
+
+
 TARGETS = [
     *_attention_targets(),
     *_decoding_targets(),
     *_softmax_targets(),
     *_routing_targets(),
-    *_perceiver_targets(),
     *_routed_layer_targets(),
+    *_perceiver_targets(),
+    *_x_transformer_targets(),
 ]
 
 

@@ -68,14 +68,14 @@ def router_decisions(model: PreTrainedModel, input_ids: torch.Tensor) -> list[Ro
 def token_cells(tokenizer, input_ids: list[int], width: int) -> tuple[list[str], list[list[tuple[int, int, int]]]]:
     """Lines of at most `width` characters, and for each token its cells in them: (line, first column, columns).
 
-    A token that ends in the middle of a character has that character's cell with the next one.
+    Where several tokens make one character, one of them has its cell.
     """
     lines, cells, before = [""], [], 0
+    text = tokenizer.decode(input_ids, clean_up_tokenization_spaces=False)
     for index in range(len(input_ids)):
-        text = tokenizer.decode(input_ids[: index + 1], clean_up_tokenization_spaces=False)
-        own, before = text[before:], len(text)
+        end = len(tokenizer.decode(input_ids[: index + 1], clean_up_tokenization_spaces=False))
         places = []
-        for character in own:
+        for character in text[before:end]:
             if character == "\n":
                 places.append((len(lines) - 1, len(lines[-1]), 1))
                 lines.append("")
@@ -85,6 +85,7 @@ def token_cells(tokenizer, input_ids: list[int], width: int) -> tuple[list[str],
             places.append((len(lines) - 1, len(lines[-1]), 1))
             lines[-1] += character if character.isprintable() else " "
         cells.append(places)
+        before = end
     return lines, cells
 
 

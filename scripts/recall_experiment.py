@@ -1,6 +1,6 @@
 """Does the router find the few tokens that matter? Associative recall among 4,096 tokens, routed and static.
 
-    python scripts/recall_experiment.py                  about two minutes of one core for each of the 10 runs
+    python scripts/recall_experiment.py                  two to four minutes of one core for each of the 10 runs
     python scripts/recall_experiment.py --seeds 0 --routing learned
     python scripts/recall_figure.py                      draws docs/figures/colt5_recall.png from the rows
 
@@ -8,14 +8,17 @@ A CoLT5 encoder of two layers reads the task of `recall_task.py`; a linear layer
 Its light attention reaches two tokens, so nothing but the heavy branch, in which 32 of the 4,096 tokens ask and 32 are
 asked, can carry the value to where it is needed. With `static_routing` (the paper's control, section 4.4) these 32 are
 evenly spaced, and the last token is always one of them. All else is the same for both: weights from the same seed,
-data, and a training that begins with 32 tokens, all of which are routed, and makes the sequence longer in stages.
+data, and a training that begins with 32 tokens, all of which are routed, and doubles them once held-out sequences of
+a length are solved (97 %), or after a number of steps; the last stage, of 4,096 tokens, always has all its steps.
 
 Each finished run appends its rows to docs/benchmarks/colt5_recall.csv, and what it routed in the first held-out
-sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on.
+sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on,
+and several processes can share the runs (`--seeds`, `--routing`).
 """
 
 import argparse
 import csv
+import fcntl
 import io
 import os
 from pathlib import Path
@@ -30,10 +33,18 @@ from hf_efficient import CoLT5Config, CoLT5EncoderModel
 
 ROUTINGS = ("learned", "static")
 ROUTED = 32
-# (tokens of a sequence, steps)
-STAGES = ((32, 400), (64, 100), (128, 60), (256, 40), (512, 40), (1024, 30), (2048, 24), (4096, 32))
-LEARNING_RATE, WARM_UP_STEPS = 3e-3, 50
-EVALUATIONS_PER_STAGE = 2
+# Tokens of a sequence, at most so many steps, learning rate. A stage ends as soon as it is solved.
+STAGES = (
+    (32, 2000, 3e-3),
+    (64, 400, 3e-3),
+    (128, 200, 1.5e-3),
+    (256, 120, 1.5e-3),
+    (512, 80, 1.5e-3),
+    (1024, 60, 1.5e-3),
+    (2048, 40, 1.5e-3),
+    (4096, 60, 1e-3),
+)
+SOLVED, STEPS_BETWEEN_EVALUATIONS, WARM_UP_STEPS = 0.97, 20, 50
 EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 17, 128
 EVALUATION_SEED = 7
 ROLES = ("queries", "keys", "feed_forward")
@@ -119,29 +130,28 @@ def run(routing: str, seed: int, stages=STAGES) -> tuple[list[dict], list[dict]]
     torch.manual_seed(seed)
     model = RecallModel(routing)
     generator = torch.Generator().manual_seed(1000 + seed)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.0)
-    total, step, curve = sum(steps for _, steps in stages), 0, []
-
-    def rate(step: int) -> float:
-        return min(1.0, (step + 1) / WARM_UP_STEPS) * (1 - 0.9 * step / total)
-
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, rate)
-    for length, steps in stages:
-        losses, pause = [], max(steps // EVALUATIONS_PER_STAGE, 1)
+    optimizer = torch.optim.AdamW(model.parameters(), betas=(0.9, 0.98), weight_decay=0.0)
+    step, curve = 0, []
+    for length, steps, learning_rate in stages:
+        last, losses = length == stages[-1][0], []
         for number in range(1, steps + 1):
-            batch = draw_batch(max(min(4096 // length, 64), 4), length, generator)
+            for group in optimizer.param_groups:
+                fading = 1 - 0.9 * number / steps if last else 1.0
+                group["lr"] = learning_rate * min(1.0, (step + 1) / WARM_UP_STEPS) * fading
+            batch = draw_batch(max(min(4096 // length, 128), 4), length, generator)
             loss = nn.functional.cross_entropy(model(batch.input_ids)[0], batch.answers)
             optimizer.zero_grad()
             loss.backward()
             nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
-            schedule.step()
             step += 1
             losses.append(loss.item())
-            if number % pause == 0:
+            if number % STEPS_BETWEEN_EVALUATIONS == 0 or number == steps:
                 found = evaluate(model, length, max(min(EVALUATION_TOKENS // length, 128), 1))
                 curve.append({"step": step, "length": length, "loss": sum(losses) / len(losses), "final": 0} | found)
                 losses = []
+                if found["accuracy"] >= SOLVED and not last:
+                    break
     length = stages[-1][0]
     curve.append({"step": step, "length": length, "loss": curve[-1]["loss"], "final": 1})
     curve[-1] |= evaluate(model, length, FINAL_SEQUENCES)
@@ -157,15 +167,20 @@ def read_rows(path: Path) -> list[dict]:
 
 
 def append_rows(path: Path, columns: list[str], rows: list[dict]) -> None:
-    """The file with more rows, whole or not at all."""
-    text = io.StringIO()
-    writer = csv.DictWriter(text, columns, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows([*read_rows(path), *rows])
+    """The file with more rows, whole or not at all; several processes may add theirs."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    partial.write_text(text.getvalue())
-    os.replace(partial, path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        fcntl.flock(folder, fcntl.LOCK_EX)
+        text = io.StringIO()
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows([*read_rows(path), *rows])
+        partial = path.with_suffix(".partial")
+        partial.write_text(text.getvalue())
+        os.replace(partial, path)
+    finally:
+        os.close(folder)  # and with it goes the lock
 
 
 def main(argv: list[str] | None = None, stages=STAGES) -> list[dict]:

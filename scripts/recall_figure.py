@@ -1,11 +1,10 @@
-"""Draws the recall experiment from its rows: accuracy during training, and what the last layer routed.
+"""Draws the recall experiment from its rows: accuracy by length of the sequence, and what the routers chose.
 
 python scripts/recall_figure.py        docs/benchmarks/colt5_recall*.csv -> docs/figures/colt5_recall.png
 """
 
 import argparse
 import statistics
-from collections import defaultdict
 from pathlib import Path
 
 from benchmark_measure import ROOT
@@ -17,15 +16,14 @@ COLOURS = {"learned": "tab:blue", "static": "tab:red"}
 TOKEN_COLOURS = {"filler": "lightgrey", "key": "tab:green", "value": "tab:olive", "query": "black"}
 
 
-def accuracy_curves(rows: list[dict]) -> dict[str, list[tuple[int, int, float, float, float]]]:
-    """For each routing: (step, length, lowest, median, highest accuracy of the seeds) in order."""
-    groups = defaultdict(list)
-    for row in rows:
-        if row["final"] == "0":
-            groups[row["routing"], int(row["step"]), int(row["length"])].append(float(row["accuracy"]))
+def accuracy_curves(rows: list[dict]) -> dict[str, list[tuple[int, float, float, float]]]:
+    """For each routing: (length, lowest, median, highest accuracy of the seeds at the end of that stage) in order."""
+    last = {(row["routing"], int(row["length"]), row["seed"]): float(row["accuracy"]) for row in rows}
     curves = {routing: [] for routing in ROUTINGS}
-    for (routing, step, length), found in sorted(groups.items()):
-        curves[routing].append((step, length, min(found), statistics.median(found), max(found)))
+    for routing in ROUTINGS:
+        for length in sorted({length for own, length, _ in last if own == routing}):
+            found = [value for (own, size, _), value in last.items() if (own, size) == (routing, length)]
+            curves[routing].append((length, min(found), statistics.median(found), max(found)))
     return curves
 
 
@@ -42,19 +40,15 @@ def draw_accuracy(panel, rows: list[dict]) -> None:
     curves, finals = accuracy_curves(rows), final_accuracies(rows)
     for routing, points in curves.items():
         if points:
-            steps, lengths, low, middle, high = zip(*points, strict=True)
+            lengths, low, middle, high = zip(*points, strict=True)
             found = finals[routing].values()
             label = f"{routing} routing: {min(found):.1%} to {max(found):.1%} at the end, {len(found)} seeds"
-            panel.plot(steps, middle, color=COLOURS[routing], label=label)
-            panel.fill_between(steps, low, high, color=COLOURS[routing], alpha=0.2, linewidth=0)
+            panel.plot(lengths, middle, color=COLOURS[routing], label=label, marker=".")
+            panel.fill_between(lengths, low, high, color=COLOURS[routing], alpha=0.2, linewidth=0)
     panel.axhline(CHANCE, color="grey", linestyle=":", label=f"chance ({CHANCE:.1%})")
-    before = None
-    for step, length in zip(steps, lengths, strict=True):
-        if length != before:
-            panel.annotate(f"{length}", (step, 1.03), fontsize=7, ha="center", annotation_clip=False)
-            before = length
-    panel.set(xlabel="training step (above: tokens in a sequence at that stage)", ylabel="held-out accuracy")
-    panel.set_ylim(0, 1.1)
+    panel.set_xscale("log", base=2)
+    panel.set_xticks(lengths, [str(length) for length in lengths])
+    panel.set(xlabel="tokens in a sequence, of which 32 are routed", ylabel="held-out accuracy", ylim=(0, 1.05))
     panel.legend(frameon=False, fontsize=8, loc="center left")
 
 

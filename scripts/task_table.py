@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass, field
 
+from task_captioning import Captioning
 from task_image_classification import ImageClassification
 from task_language_model import CausalLanguageModel, MaskedLanguageModel
 from task_sequence_to_sequence import SequenceToSequence
@@ -17,6 +18,7 @@ TASKS: dict[str, type[TrainingTask]] = {
     "span_corruption": SpanCorruption,
     "sequence_to_sequence": SequenceToSequence,
     "image_classification": ImageClassification,
+    "captioning": Captioning,
 }
 
 

@@ -25,7 +25,7 @@ from training_model import load_config, load_model, with_fields
 from training_task import TrainingTask
 from transformers import PreTrainedModel, Trainer, TrainingArguments, set_seed
 
-import hf_efficient  # noqa: F401  (registers our architectures with the Auto classes)
+from hf_efficient.model_card import WritesModelCard  # and registers our architectures with the Auto classes
 
 
 logger = logging.getLogger(__name__)
@@ -139,7 +139,8 @@ def main(arguments: list[str] | None = None) -> dict[str, float]:
     training.dataloader_pin_memory &= torch.accelerator.is_available()  # torch warns where there is none
     for name, value in task.training_arguments().items():
         setattr(training, name, value)
-    trainer = task.trainer_class(
+    trainer_class = type(task.trainer_class.__name__, (WritesModelCard, task.trainer_class), {})
+    trainer = trainer_class(
         model=model,
         args=training,
         train_dataset=data.train_dataset,

@@ -69,7 +69,9 @@ def conditional_model(name: str) -> CoLT5ForConditionalGeneration:
     model = make(CoLT5ForConditionalGeneration, **DECODERS[name])
     if name == "tied":
         return model.double()
-    return _routing(model)
+    with torch.no_grad():
+        _routing(model).get_input_embeddings().weight.mul_(0.2)  # or a decoder only says its last token again
+    return model
 
 
 def _routing(model):

@@ -32,6 +32,26 @@ if UNDER_XDIST:
     torch.set_num_threads(1)
 
 
+from matrix_page import MatrixPage, head_of  # noqa: E402
+from matrix_recorder import MatrixRecorder, note_cells  # noqa: E402
+
+
+def pytest_addoption(parser):
+    parser.addoption("--write-matrix", action="store_true", help="write docs/matrix.md (see `make matrix`)")
+
+
+def pytest_configure(config):
+    if not hasattr(config, "workerinput"):
+        # The page is that of a machine without a GPU.
+        page = MatrixPage()
+        compare = page.path.exists() and not torch.cuda.is_available()
+        config.pluginmanager.register(MatrixRecorder(page, config.option.write_matrix, compare))
+
+
+def pytest_collection_modifyitems(items):
+    note_cells(items, head_of)
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")

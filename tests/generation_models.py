@@ -127,6 +127,11 @@ class Run:
     cache: object
     lengths: list[int]
 
+    @property
+    def decoder_cache(self):
+        """What the decoder remembers of its own tokens."""
+        return getattr(self.cache, "self_attention_cache", self.cache)
+
 
 def run(model, ids=None, *, seed: int = 0, **options) -> Run:
     lengths = []

@@ -1,8 +1,10 @@
 """Tiny PerceiverFlash configurations and inputs that several test files share."""
 
+from functools import cache
+
 import torch
 
-from hf_efficient import PerceiverFlashConfig
+from hf_efficient import PerceiverFlashConfig, PerceiverFlashForCausalLM
 
 
 VOCABULARY = 61
@@ -39,6 +41,13 @@ CAUSAL = {
     "values of another size": {"value_head_dim": 6, "cross_value_head_dim": 10, "num_latents": 5},
     "more latents than tokens": {"num_latents": 64},
 }
+
+
+@cache
+def causal_model(name: str) -> PerceiverFlashForCausalLM:
+    torch.manual_seed(0)
+    config = PerceiverFlashConfig(**{**SIZES, "tie_word_embeddings": False, **CAUSAL[name]})
+    return decisive(PerceiverFlashForCausalLM(config))
 
 
 def decisive(model):

@@ -5,9 +5,17 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_efficient.kernels import backend
-from hf_efficient.kernels.backend import device_guard, gpu_architecture, multiprocessor_count, resolve_backend
+from hf_efficient.kernels.backend import (
+    device_guard,
+    gpu_architecture,
+    is_observed,
+    multiprocessor_count,
+    resolve_backend,
+)
 
 
 @pytest.fixture(autouse=True)
@@ -149,3 +157,27 @@ def test_a_launch_happens_on_the_gpu_of_its_tensors(monkeypatch):
     with device_guard(torch.ones(1)):
         assert len(entered) == 2
     assert multiprocessor_count(torch.ones(1)) == 2
+
+
+def test_who_looks_on():
+    """Compiler, tracers, function transforms, dispatch modes and subclasses; an autograd graph alone does not."""
+    seen = []
+
+    def look(tensor):
+        seen.append(is_observed(tensor))
+        return tensor * 2
+
+    leaf = torch.ones(3, requires_grad=True)
+    look(leaf).sum().backward()
+    look(torch.nn.Parameter(torch.ones(3)))
+    assert seen == [False, False]
+    torch.compile(look, backend="eager")(torch.ones(3))
+    torch.jit.trace(look, torch.ones(3), check_trace=False)
+    torch.func.grad(lambda x: look(x).sum())(torch.ones(3))
+    torch.func.vmap(look)(torch.ones(3, 2))
+    make_fx(look)(torch.ones(3))
+    make_fx(look, tracing_mode="fake")(torch.ones(3))
+    with FakeTensorMode() as mode:
+        look(mode.from_tensor(torch.ones(3)))
+    look(mode.from_tensor(torch.ones(3)))
+    assert seen[2:] == [True] * 8

@@ -24,6 +24,7 @@ from hf_efficient.conversion.x_transformers_options import LAYER_FLAGS, REQUIRED
 from hf_efficient.modeling.x_transformer import (
     XTransformerForCausalLM,
     XTransformerForMaskedLM,
+    XTransformerForSequenceClassification,
     XTransformerForTokenClassification,
     XTransformerModel,
 )
@@ -143,6 +144,25 @@ def test_outputs_that_are_no_tokens(name, kind):
     torch.testing.assert_close(logits.view(*expected.shape), expected, rtol=0, atol=TOLERANCE)
 
 
+POOLED = {
+    "one cls token": {"use_cls_token": True, "logits_dim": 5},
+    "two cls tokens, memory": {"use_cls_token": True, "num_cls_tokens": 2, "num_memory_tokens": 3},
+    "average": {"average_pool_embed": True, "logits_dim": 5},
+}
+
+
+@pytest.mark.parametrize("name", POOLED)
+@torch.no_grad()
+def test_outputs_of_whole_sequences(name):
+    """With rotary positions, which the CLS tokens take too, and padding."""
+    module, arguments = original("Encoder", POOLED[name], {"rotary_pos_emb": True})
+    model, _ = convert_x_transformers(module, arguments)
+    assert type(model) is XTransformerForSequenceClassification
+    mask = torch.arange(LENGTH) < torch.tensor([[LENGTH], [11]])
+    logits = model(ids(), attention_mask=mask.long()).logits
+    torch.testing.assert_close(logits, module(ids(), mask=mask), rtol=0, atol=TOLERANCE)
+
+
 @pytest.mark.parametrize("name", ["defaults", "macaron", "memory keys"])
 @torch.no_grad()
 def test_a_stack_that_only_reads_another_sequence(name):
@@ -202,6 +222,7 @@ def test_every_flag_that_converts_is_in_a_case():
                   if flag.where and not flag.refused and flag.default is not REQUIRED}  # fmt: skip
     without = {"cross_attend", "only_cross", "cross_attn_tokens_dropout", "cross_attn_dim_context"}
     without |= {"return_only_embed", *(name for wrapper, _ in OUTPUTS.values() for name in wrapper)}
+    without |= {"max_mem_len", *(name for wrapper in POOLED.values() for name in wrapper)}  # the first: see the memory
     assert open_flags - used - without == set()
 
 

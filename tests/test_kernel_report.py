@@ -10,6 +10,9 @@ from helpers import ROOT, run_python
 OPERATIONS = sorted(path.stem.removeprefix("kernel_cases_") for path in (ROOT / "scripts").glob("kernel_cases_*.py"))
 OLDEST_TRITON = re.search(r'triton = \["triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())[1] + ".0"
 
+# Whose half-precision products run on the asynchronous tensor cores of sm_90.
+ASYNCHRONOUS = ("flash_attention", "linear_attention")
+
 # Interpreted kernels cannot be compiled: without the variable that conftest.py sets.
 PLAIN = {"TRITON_INTERPRET": None}
 
@@ -81,6 +84,9 @@ def test_every_kernel_compiles_and_fits(tmp_path, operation, target):
     rows = report(tmp_path, "--operations", operation, "--targets", target)
     assert any(row["hot"] == "True" for row in rows)
     assert all(int(row["registers"]) > 0 for row in rows)
+    if target == "sm_90" and operation in ASYNCHRONOUS:
+        half = [row for row in rows if row["hot"] == "True" and "float16" in row["case"]]
+        assert any(row["matrix_instruction"] == "wgmma" for row in half)
 
 
 @pytest.mark.slow
@@ -90,11 +96,3 @@ def test_the_oldest_triton_compiles_the_hot_kernels(tmp_path, operation):
     there (up to 24 with Triton 3.6)."""
     rows = report(tmp_path, "--operations", operation, "--hot-only", "--ignore-spills", "--triton", OLDEST_TRITON)
     assert rows and all(int(row["spilled_bytes"]) <= 64 for row in rows)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("operation", sorted({"flash_attention", "linear_attention"} & set(OPERATIONS)))
-def test_half_precision_runs_on_the_asynchronous_tensor_cores(tmp_path, operation):
-    rows = report(tmp_path, "--operations", operation, "--targets", "sm_90", "--hot-only")
-    half = [row for row in rows if "float16" in row["case"]]
-    assert half and any(row["matrix_instruction"] == "wgmma" for row in half)

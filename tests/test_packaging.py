@@ -31,7 +31,7 @@ for model_type, architecture in ARCHITECTURES.items():
     assert type(config) is architecture.config_class()
     assert type(config) in AutoModel._model_mapping
 import hf_efficient.remote_code
-assert hf_efficient.remote_code.flatten(architecture)
+assert hf_efficient.remote_code.travelling(architecture)
 print(Path(hf_efficient.__file__).parent.parent)
 """
 # With any package called kernels installed, `import kernels` finds that one.

@@ -1,6 +1,6 @@
 """What must hold of a Performer, whatever its options: causality, padding, the cache's size, gradients, heads.
 
-Equalities of cached and uncached generation are in test_generation.py, of the operation itself in
+Equalities of cached and uncached generation are in test_generation_contract.py, of the operation itself in
 test_linear_attention.py, of converted checkpoints in test_conversion_*.py.
 """
 

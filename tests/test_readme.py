@@ -27,7 +27,7 @@ def test_python_blocks_run_in_order(tmp_path):
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
         printed = run_python("-c", program, cwd=tmp_path, environment=environment)
         assert "To do: " in printed
-        pushed = hub.files["me/notes-performer"]
+        pushed = hub.files("me/notes-performer")
         assert {"model.safetensors", "config.json", "modeling_performer.py", "tokenizer_config.json"} <= set(pushed)
 
 

@@ -8,80 +8,14 @@ import pytest
 import torch
 import transformers
 from helpers import subprocess_without_package
+from tiny_heads import ENCODER_DECODERS, TINY
 
 from hf_efficient.registry import ARCHITECTURES
+from hf_efficient.remote_code import travelling
 
 
 pytestmark = pytest.mark.slow  # most of the time goes into starting processes that import transformers
 
-TINY = {
-    "performer": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_labels": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 1,
-    },
-    "x_transformer": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "num_labels": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-        "decoder_start_token_id": 1,
-        # Something of every file.
-        "position_bias": "t5",
-        "shift_tokens": 1,
-        "value_gate": "sigmoid",
-        "norm_type": "scale_norm",
-        "image_size": 8,
-        "num_channels": 1,
-        "patch_size": 2,
-        "num_register_tokens": 1,
-        "image_fusion": "prepended",
-        "input_feature_size": 3,
-        "output_feature_size": 2,
-    },
-    "perceiver_flash": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_latents": 6,
-        "num_self_attention_layers": 1,
-        "num_attention_heads": 2,
-        "num_cross_attention_heads": 2,
-        "num_query_attention_heads": 2,
-        "max_position_embeddings": 32,
-        "image_size": 8,
-        "num_channels": 1,
-        "num_frequency_bands": 3,
-        "num_labels": 3,
-        "pad_token_id": 0,
-        "bos_token_id": 1,
-        "eos_token_id": 2,
-    },
-    "colt5": {
-        "vocab_size": 32,
-        "hidden_size": 16,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 2,
-        "head_dim": 8,
-        "intermediate_size": 24,
-        "routing_window": 4,
-        "image_size": 8,
-        "num_channels": 1,
-        "patch_size": 2,
-        "image_window_size": 2,
-        "num_labels": 3,
-        "eos_token_id": 2,
-    },
-}
 NOT_OURS = ("hf_efficient",)
 
 # Shared by the processes below: loads, compares and saves every head found in a folder of folders.
@@ -119,13 +53,14 @@ def check(model, auto_class, expected):
 """
 _shared = {}
 exec(IN_THE_OTHER_PROCESS, _shared)  # the same inputs and outputs on this side
-outputs, ENCODER_DECODERS = _shared["outputs"], _shared["ENCODER_DECODERS"]
+outputs = _shared["outputs"]
 
 rows = [(model_type, auto_class) for model_type, row in ARCHITECTURES.items() for auto_class in row.models]
+REFERENCES = [reference for row in ARCHITECTURES.values() for reference in row.models.values()]
 
 
 def config_for(model_type, auto_class):
-    encoder_decoder = {"is_encoder_decoder": auto_class in ENCODER_DECODERS}
+    encoder_decoder = {"is_encoder_decoder": True} if auto_class in ENCODER_DECODERS else {}
     return ARCHITECTURES[model_type].config_class()(**TINY[model_type], **encoder_decoder)
 
 
@@ -146,17 +81,24 @@ def code(folder):
     return {path.name: path.read_text() for path in Path(folder).glob("*.py")}
 
 
+def beside(model_type, auto_class):
+    """The Auto classes of the models that travel with this one."""
+    class_name = ARCHITECTURES[model_type].models[auto_class].rpartition(":")[2]
+    return list(travelling(ARCHITECTURES[model_type], [class_name])[0])
+
+
 @pytest.mark.parametrize(("model_type", "auto_class"), rows)
 def test_the_folder_holds_code_safetensors_and_every_head(saved, model_type, auto_class):
     folder = saved / model_type / auto_class
-    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors"}
+    assert {path.suffix for path in folder.iterdir()} == {".py", ".json", ".safetensors", ".md"}
     auto_map = json.loads((folder / "config.json").read_text())["auto_map"]
-    assert set(auto_map) == {"AutoConfig", *ARCHITECTURES[model_type].models}
+    assert set(auto_map) == {"AutoConfig", *beside(model_type, auto_class)}
     for reference in auto_map.values():
         module, _, name = reference.partition(".")
         assert f"class {name}(" in code(folder)[f"{module}.py"]
 
 
+@pytest.mark.matrix("remote code", heads=[reference.rpartition(":")[2] for reference in REFERENCES])
 @pytest.mark.parametrize(
     ("hidden", "environment"),
     [
@@ -228,7 +170,7 @@ torch.save(outputs(model.eval(), auto_class), folder / "trained.outputs")
     for name in ("config_only", "second", "config_of_the_model", "run/checkpoint-2"):
         assert code(tmp_path / name) == original, name
         auto_map = json.loads((tmp_path / name / "config.json").read_text())["auto_map"]
-        assert set(auto_map) == {"AutoConfig", *ARCHITECTURES[model_type].models}, name
+        assert set(auto_map) == {"AutoConfig", *beside(model_type, "AutoModelForCausalLM")}, name
 
     subprocess_without_package(
         IN_THE_OTHER_PROCESS
@@ -244,7 +186,7 @@ for auto_class in sys.argv[3:]:
 """,
         tmp_path,
         (saved / model_type / "AutoModelForCausalLM").with_suffix(".outputs"),
-        *ARCHITECTURES[model_type].models,
+        *beside(model_type, "AutoModelForCausalLM"),
     )
 
 

@@ -36,8 +36,9 @@ def toy(tmp_path, monkeypatch, request):
 
 def test_only_what_is_needed_is_written_and_only_imports_change(toy):
     remote_code, architecture = toy()
-    files = remote_code.flatten(architecture)
+    files = remote_code.travelling(architecture)[1]
     assert sorted(files) == [
+        "configuration_model_card.py",
         "configuration_self_contained.py",
         "configuration_toy.py",
         "kernels_backend.py",
@@ -63,7 +64,7 @@ def test_what_is_written_is_what_transformers_looks_for(toy, tmp_path):
     from transformers.dynamic_module_utils import get_relative_import_files
 
     remote_code, architecture = toy()
-    files = remote_code.flatten(architecture)
+    files = remote_code.travelling(architecture)[1]
     (tmp_path / "flat").mkdir()
     for name, text in files.items():
         ast.parse(text)
@@ -102,7 +103,7 @@ def test_refuses_what_cannot_travel_and_says_where(toy, case, tmp_path):
     start = changed.count("\n") + 1
     remote_code, architecture = toy({"modeling/toy.py": changed + line.format(package="toy_house_0") + "\n"})
     with pytest.raises(remote_code.RemoteCodeError, match=message) as raised:
-        remote_code.flatten(architecture)
+        remote_code.travelling(architecture)[1]
     reported = str(raised.value).partition("modeling/toy.py:")[2].partition(":")[0]
     assert "must start a line" in str(raised.value) or start <= int(reported) <= start + line.count("\n")
 
@@ -115,15 +116,15 @@ def test_two_files_of_one_flat_name_are_refused(toy):
         }
     )
     with pytest.raises(remote_code.RemoteCodeError, match="would both be kernels_scale_api.py"):
-        remote_code.flatten(architecture)
+        remote_code.travelling(architecture)[1]
 
 
 @pytest.mark.parametrize(
-    "statement", ["try:\n    import scipy\nexcept ImportError:\n    scipy = None", "import numpy"]
+    "statement", ["try:\n    import scipy\nexcept ImportError:\n    scipy = None", "import safetensors"]
 )
 def test_optional_and_always_present_packages_are_accepted(toy, statement):
     remote_code, architecture = toy({"modeling/blocks.py": f"{statement}\n{FILES['modeling/blocks.py']}"})
-    assert statement in remote_code.flatten(architecture)["modeling_blocks.py"]
+    assert statement in remote_code.travelling(architecture)[1]["modeling_blocks.py"]
 
 
 def test_nothing_is_written_when_the_code_cannot_travel(toy, tmp_path):

@@ -89,35 +89,28 @@ def test_small_blocks_are_large_blocks(monkeypatch):
             assert torch.equal(indices, outputs[0][2])
 
 
-@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "periodic", "nan", "minus infinity"])
-def test_shortlists_of_long_rows(monkeypatch, kind):
-    """Whatever the sample makes of the row, the result is that of the whole row."""
+@pytest.mark.parametrize("kind", ["random", "ties", "sorted", "equal", "far apart", "minus infinity"])
+@pytest.mark.parametrize("eps", [0.02, 1.0])
+def test_rows_of_every_kind(kind, eps):
+    """Where many are equal, or all or nothing saturates: the exact equation, in the precision of the computation."""
     logits = torch.randn(3, 5000)
     if kind == "ties":
         logits = logits.round()
     if kind == "sorted":
         logits = logits.sort(-1, descending=True).values
-    if kind == "periodic":  # the sample sees the lowest only, then the highest only
-        period = 5000 // 64
-        logits[0, ::period] -= 10
-        logits[1, ::period] += 10
-    if kind == "nan":
-        logits[1, 78] = torch.nan
+    if kind == "equal":
+        logits[:] = 0.5
+    if kind == "far apart":  # as exponents, far beyond the range of double precision
+        logits[:, ::7] += 1000
+        logits[:, 1::7] -= 1000
     if kind == "minus infinity":
         logits[:, 300:] = -torch.inf
-    for number in (1, 30, 400):
+    for number in (1, 30, 400, 4999):
         k = torch.tensor([1.0, number, number + 0.5])
-        expected = soft_topk(logits, k, num_selected=number)
-        monkeypatch.setattr(selection_module, "LONG_ROW", 1000)
-        monkeypatch.setattr(selection_module, "SAMPLE", 64)
-        shortlists = selection_module.largest_values(logits, number).shortlists
-        if kind in ("random", "periodic"):  # the second row of these has too few above the sample's bound
-            assert (shortlists is None) == (kind == "periodic" and number > 1)
-        actual = soft_topk(logits, k, num_selected=number)
-        for part, wanted in zip(actual, expected, strict=True):
-            rows = [0, 2] if kind == "nan" else [0, 1, 2]
-            torch.testing.assert_close(part[rows], wanted[rows], rtol=1e-5, atol=1e-7)
-        monkeypatch.undo()
+        scores, indices, _ = soft_topk(logits, k, eps=eps, num_selected=number)
+        expected = solved_by_bisection(logits, k, None, eps)
+        assert (scores - expected).abs().max() < 1e-5
+        assert torch.equal(indices, largest_by_sorting(logits, number))
 
 
 @every_method

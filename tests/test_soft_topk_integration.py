@@ -10,6 +10,7 @@ import pytest
 import torch
 from helpers import ROOT
 from soft_topk_cases import METHODS, gradients, make_rows, temperatures
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_efficient.kernels.soft_topk import soft_topk
 
@@ -53,7 +54,10 @@ def test_opcheck_backward(method, masked):
 
 @every_method
 def test_compiles_to_one_graph(method):
-    """Forward and backward, without a break, for several lengths without a third compilation; nothing is unrolled."""
+    """Forward and backward, without a break, for several lengths without a third compilation; nothing is unrolled.
+
+    Without generating code, which takes most of the time and which `test_a_second_definition…` does for both methods.
+    """
     torch.compiler.reset()
     nodes = []
 
@@ -66,7 +70,7 @@ def test_compiles_to_one_graph(method):
 
     for columns in (70, 150, 200):
         logits, k, mask, weights = make_rows(3, columns)
-        compiled = torch.compile(route, fullgraph=True)
+        compiled = torch.compile(route, fullgraph=True, backend="aot_eager")
         expected = gradients(route, logits, k, weights, mask=mask)
         for actual, wanted in zip(gradients(compiled, logits, k, weights, mask=mask), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
@@ -99,6 +103,36 @@ def test_exports():
         logits, _, mask, _ = make_rows(2, n)
         for actual, wanted in zip(program.module()(logits, mask), Router()(logits, mask), strict=True):
             assert torch.equal(actual, wanted)
+
+
+@every_method
+@pytest.mark.parametrize("mode", ["real", "fake"])
+def test_traces_to_the_operator(method, mode):
+    """A trace has the operator in it, not the numbers of the example."""
+    logits, k, mask, _ = make_rows(3, 70)
+
+    def route(logits, k, mask):
+        return soft_topk(logits, k, mask=mask, method=method, eps=0.3, num_selected=9)[:2]
+
+    traced = make_fx(route, tracing_mode=mode)(logits, k, mask)
+    assert any("soft_topk" in str(node.target) for node in traced.graph.nodes)
+    for actual, wanted in zip(traced(logits.flip(0), k, mask), route(logits.flip(0), k, mask), strict=True):
+        assert torch.equal(actual, wanted)
+
+
+@every_method
+def test_what_has_no_derivative_is_refused(method):
+    """A second derivative, and torch.func, which knows nothing of operators with a gradient of their own."""
+    logits, k, mask, weights = make_rows(3, 70)
+
+    def loss(logits):
+        return (soft_topk(logits, k, mask=mask, method=method, eps=0.3).scores * weights).sum()
+
+    first = torch.autograd.grad(loss(logits.requires_grad_()), logits, create_graph=True)[0]
+    with pytest.raises(RuntimeError):
+        torch.autograd.grad(first.square().sum(), logits)
+    with pytest.raises(RuntimeError, match="functorch"):
+        torch.func.grad(loss)(logits.detach())
 
 
 @every_method

@@ -8,7 +8,7 @@ import copy
 
 import pytest
 import torch
-from generation_models import left_padded, tokens
+from generation_models import left_padded, run, tokens
 from huggingface_hub.errors import StrictDataclassError
 from transformers import DynamicCache
 from x_transformer_models import BOTH, CAUSAL, SIZES, SOME, VOCABULARY, causal_model, encoder_decoder_model
@@ -110,23 +110,9 @@ def test_both_forms_of_attention_agree(name):
     assert (weights.sum(-1) <= 1 + 1e-9).all()
 
 
-@pytest.mark.parametrize("split", [[1] * LENGTH, [5, 1, 4, 3]], ids=str)
-@pytest.mark.parametrize("name", CAUSAL)
-@torch.no_grad()
-def test_any_split_gives_the_logits_of_the_whole(name, split):
-    """Several tokens per step, left-padded."""
-    model, (ids, mask) = causal_model(name), left_padded([9, LENGTH])
-    whole = model(ids, attention_mask=mask, use_cache=False).logits
-    cache, pieces, seen = DynamicCache(config=model.config), [], 0
-    for piece in ids.split(split, dim=1):
-        seen += piece.shape[1]
-        pieces.append(model(piece, attention_mask=mask[:, :seen], past_key_values=cache).logits)
-        assert cache.get_seq_length() == seen
-    real = mask.bool()
-    if "memory tokens, alibi" in name or "much at once" in name:
-        # Where a row begins with more padding than the first call has tokens, its memory tokens stand amid padding.
-        real = real & (mask[:, : split[0]].any(dim=1) | (mask.sum(1) == LENGTH))[:, None]
-    close(torch.cat(pieces, dim=1)[real], whole[real])
+def test_a_window_bounds_the_cache():
+    cache = run(causal_model("window"), tokens(1, 7), max_new_tokens=20).cache
+    assert all(layer.keys.shape[2] == 3 for layer in cache.layers)
 
 
 @torch.no_grad()
@@ -252,11 +238,12 @@ def test_layerdrop_leaves_branches_out():
     torch.testing.assert_close(model(ids).last_hidden_state, model.embed_tokens(ids))
 
 
-@pytest.mark.parametrize("pooling", ["mean", "first", "last"])
+@pytest.mark.parametrize("pooling", ["mean", "first", "last", "cls"])
 @pytest.mark.parametrize("side", ["left", "right"])
 @torch.no_grad()
 def test_pooling_ignores_padding(pooling, side):
-    model = make(XTransformerForSequenceClassification, classifier_pooling=pooling, num_labels=3).double().eval()
+    options = {"classifier_pooling": pooling, "num_labels": 3, "num_cls_tokens": 2 * (pooling == "cls")}
+    model = make(XTransformerForSequenceClassification, **options).double().eval()
     ids, padding = tokens(1, LENGTH), torch.zeros(1, 4, dtype=torch.long)
     padded = torch.cat((padding, ids) if side == "left" else (ids, padding), dim=1)
     alone = model(ids).logits
@@ -304,6 +291,7 @@ REFUSED = {
     "tied factors": ({"tie_word_embeddings": True, "embedding_size": 16}, "embedding_size=32"),
     "gpu scores": ({"kernel_backend": "triton", "residual_attention": True}, "scores"),
     "dropout": ({"attention_dropout": 1.0}, r"in \[0, 1\)"),
+    "no cls token": ({"classifier_pooling": "cls"}, "no token to read"),
     "overrides": ({"is_encoder_decoder": True, "encoder_overrides": {"colour": 1}}, "colour"),
     "wrong type": ({"norm_type": "batch"}, "norm_type"),
 }
@@ -321,6 +309,8 @@ def test_an_encoder_refuses_what_only_decoders_have():
         make(XTransformerModel, rotary_positions="xpos")
     with pytest.raises(ValueError, match="see each other"):
         make(XTransformerForMaskedLM, prefix_lm=True)
+    with pytest.raises(ValueError, match="see nothing of it"):
+        make(XTransformerForCausalLM, num_cls_tokens=1)
     with pytest.raises(ValueError, match="nothing is causal"):
         make(XTransformerForCausalLM, cross_attention_only=True, add_cross_attention=True)
     with pytest.raises(ValueError, match="past_key_values needs is_decoder"):

@@ -5,11 +5,13 @@ What the options compute is in test_conversion_x_transformers_images.py, which c
 
 import copy
 
+import numpy as np
+import PIL.Image
 import pytest
 import torch
 from generation_models import NEW_TOKENS, tokens
 from huggingface_hub.errors import StrictDataclassError
-from transformers import Trainer, TrainingArguments
+from transformers import Trainer, TrainingArguments, ViTImageProcessorPil, pipeline
 from x_transformer_image_models import ENCODERS, IMAGES, WRITERS, classifier, pixels, writer
 from x_transformer_models import SIZES
 
@@ -177,6 +179,23 @@ def test_saved_and_loaded_to_the_bit(make, name, tmp_path):
         assert torch.equal(again(**inputs).logits, model(**inputs).logits)
 
 
+@torch.no_grad()
+def test_a_pipeline_of_a_saved_folder(tmp_path):
+    torch.manual_seed(0)
+    fields = {**IMAGES, "num_channels": 3, "id2label": {0: "cat", 1: "dog"}, "initializer_range": 0.3}
+    del fields["num_labels"]
+    model = XTransformerForImageClassification(XTransformerConfig(**SIZES, **fields)).eval()
+    processor = ViTImageProcessorPil(size={"height": 8, "width": 12})
+    model.save_pretrained(tmp_path)
+    processor.save_pretrained(tmp_path)
+    image = PIL.Image.fromarray(np.random.default_rng(0).integers(0, 255, (20, 30, 3), dtype=np.uint8))
+    answers = pipeline("image-classification", model=str(tmp_path))(image)
+    expected = model(**processor(image, return_tensors="pt")).logits.softmax(-1)[0]
+    assert {answer["label"]: pytest.approx(answer["score"], abs=1e-5) for answer in answers} == {
+        "cat": expected[0].item(), "dog": expected[1].item()
+    }  # fmt: skip
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("make, name", [(classifier, "registers"), (writer, "captioner"), (writer, "pali")])
 @torch.no_grad()
@@ -241,6 +260,7 @@ REFUSED_MODELS = {
     "a text encoder in a captioner": (
         {**WRITES, "encoder_overrides": {"num_hidden_layers": 1}}, "needs image_fusion='prepended'"
     ),
+    "a shared table in a captioner": ({**WRITES, "share_embeddings": True}, "share_embeddings=True needs"),
 }  # fmt: skip
 
 

@@ -1,4 +1,5 @@
-"""Random valid configurations: what the validator lets through has to be causal, cacheable, paddable and trainable."""
+"""Random configurations, of all three kinds of models: what the validator lets through has to be causal, cacheable,
+paddable and trainable; what it does not is refused with a reason. Which ones are drawn is the same in every run."""
 
 import pytest
 import torch
@@ -9,7 +10,12 @@ from hypothesis import strategies as st
 from transformers import DynamicCache
 from x_transformer_models import SIZES, VOCABULARY, settled
 
-from hf_efficient import XTransformerConfig, XTransformerForCausalLM
+from hf_efficient import (
+    XTransformerConfig,
+    XTransformerForCausalLM,
+    XTransformerForConditionalGeneration,
+    XTransformerForMaskedLM,
+)
 
 
 LENGTH = 11
@@ -30,7 +36,9 @@ CHOICES = {
     "residual_scale": st.sampled_from([1.0, 1.5]),
     "learned_residual_scale": st.booleans(),
     "layer_scale_init_value": st.sampled_from([None, 0.5]),
-    "shift_tokens": st.sampled_from([0, 0, 1, 2]),
+    "num_residual_streams": st.sampled_from([1, 1, 3]),
+    "residual_stream_mixing": st.sampled_from(["free", "doubly_stochastic"]),
+    "shift_tokens": st.sampled_from([0, 0, 1, 2, [0, 1, 2, 0]]),
     "macaron": st.booleans(),
     "sublayer_order": st.sampled_from([None, None, "afaff", "faaf"]),
     "layer_execution_order": st.sampled_from([None, None, [0, 0]]),
@@ -49,6 +57,10 @@ CHOICES = {
     "head_gate": st.booleans(),
     "value_gate": st.sampled_from([None, "sigmoid", "silu"]),
     "value_gate_rank": st.sampled_from([None, 4]),
+    "value_gate_bias": st.booleans(),
+    "attention_bias": st.booleans(),
+    "mem_len": st.sampled_from([0, 0, 20]),
+    "attention_z_loss_coef": st.sampled_from([0.0, 1e-4]),
     "attention_on_attention": st.booleans(),
     "gated_feed_forward": st.booleans(),
     "gate_channel_scale": st.booleans(),
@@ -68,22 +80,40 @@ def options(draw):
     return {name: draw(CHOICES[name]) for name in names}
 
 
-def built(chosen):
+def built(chosen, model_class=XTransformerForCausalLM):
     """A decisive model in float64, or None where the configuration is refused, which has to be with a reason."""
+    torch.manual_seed(0)
     try:
-        config = XTransformerConfig(**{**SIZES, **BUCKETS, **chosen})
+        model = model_class(XTransformerConfig(**{**SIZES, **BUCKETS, **chosen}))
     except (ValueError, StrictDataclassError) as error:
         assert any(name in str(error) for name in chosen), f"{error} names none of {sorted(chosen)}"
         return None
-    torch.manual_seed(0)
-    return settled(decisive(XTransformerForCausalLM(config)))
+    return settled(decisive(model))
+
+
+def silent_parameters(model, **inputs) -> list[str]:
+    """Those that no gradient reaches."""
+    model.train()
+    model(**inputs).loss.backward()
+    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
+    model.eval()
+    return silent
+
+
+def reloaded(model, folder):
+    """The model from its folder, whose weights are the same to the bit."""
+    model.save_pretrained(folder)
+    loaded = type(model).from_pretrained(folder, dtype=torch.float64).eval()
+    weights = loaded.state_dict()
+    assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+    return loaded
 
 
 def close(actual, expected):
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9 * expected.abs().max().item())
 
 
-@settings(max_examples=40, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=36, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(options())
 def test_what_is_let_through_is_right(tmp_path_factory, chosen):
     model = built(chosen)
@@ -105,19 +135,63 @@ def test_what_is_let_through_is_right(tmp_path_factory, chosen):
         close(torch.cat(pieces, dim=1)[real], whole[real])
         # A padded row of a batch == the row alone.
         close(model(ids[:1, -7:], use_cache=False).logits, whole[:1, -7:])
-        # Saved and loaded == before: weights to the bit (sums also depend on where in memory they stand).
-        folder = tmp_path_factory.mktemp("saved")
-        model.save_pretrained(folder)
-        loaded = XTransformerForCausalLM.from_pretrained(folder, dtype=torch.float64).eval()
-        weights = loaded.state_dict()
-        assert all(torch.equal(weights[name], weight) for name, weight in model.state_dict().items())
+        # With a memory, two segments == the whole.
+        if model.config.mem_len:
+            first = model(ids[1:, :5], use_cache=False)
+            rest = model(ids[1:, 5:], segment_memory=first.segment_memory, use_cache=False)
+            close(torch.cat([first.logits, rest.logits], dim=1), whole[1:])
+        # Saved and loaded == before (sums also depend on where in memory they stand).
+        loaded = reloaded(model, tmp_path_factory.mktemp("saved"))
         close(loaded(ids, attention_mask=mask, use_cache=False).logits[real], whole[real])
-    # A gradient reaches every parameter.
-    model.train()
     text = tokens(2, LENGTH)
-    model(text, labels=text).loss.backward()
-    silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.abs().sum() > 0]
-    assert not silent
+    assert not silent_parameters(model, input_ids=text, labels=text)
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(options(), st.sampled_from(["left", "right"]))
+def test_encoders(tmp_path_factory, chosen, side):
+    model = built(chosen, XTransformerForMaskedLM)
+    if model is None:
+        return
+    ids, mask = left_padded([7, LENGTH])
+    if side == "right":
+        ids, mask = ids.flip(1), mask.flip(1)
+    alone = ids[:1, -7:] if side == "left" else ids[:1, :7]
+    with torch.no_grad():
+        whole, real = model(ids, attention_mask=mask).logits, mask.bool()
+        close(model(alone).logits, whole[0][real[0]][None])
+        close(model(ids[1:]).logits, whole[1:])
+        loaded = reloaded(model, tmp_path_factory.mktemp("saved"))
+        close(loaded(ids, attention_mask=mask).logits[real], whole[real])
+    assert not silent_parameters(model, input_ids=tokens(2, LENGTH), labels=tokens(2, LENGTH))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(options())
+def test_encoder_decoders(tmp_path_factory, chosen):
+    chosen = {name: value for name, value in chosen.items() if name != "sublayer_order" and value != [0, 1, 2, 0]}
+    chosen |= {"is_encoder_decoder": True, "decoder_start_token_id": 1}
+    model = built(chosen, XTransformerForConditionalGeneration)
+    if model is None:
+        return
+    source, target = tokens(2, 9, seed=4), tokens(2, LENGTH)
+    mask = (torch.arange(9) < torch.tensor([[6], [9]])).long()
+    inputs = {"input_ids": source, "attention_mask": mask}
+    with torch.no_grad():
+        whole = model(**inputs, decoder_input_ids=target, use_cache=False).logits
+        changed = target.clone()
+        changed[:, 6] = (changed[:, 6] - 3 + 7) % (VOCABULARY - 3) + 3
+        assert torch.equal(model(**inputs, decoder_input_ids=changed, use_cache=False).logits[:, :6], whole[:, :6])
+        cache, pieces = None, []
+        for piece in target.split([6, 1, 3, 1], dim=1):
+            output = model(**inputs, decoder_input_ids=piece, past_key_values=cache, use_cache=True)
+            cache = output.past_key_values
+            pieces.append(output.logits)
+        close(torch.cat(pieces, dim=1), whole)
+        close(model(source[:1, :6], decoder_input_ids=target[:1], use_cache=False).logits, whole[:1])
+        loaded = reloaded(model, tmp_path_factory.mktemp("saved"))
+        close(loaded(**inputs, decoder_input_ids=target, use_cache=False).logits, whole)
+    assert not silent_parameters(model, input_ids=source, labels=target)
 
 
 @pytest.mark.parametrize("name", CHOICES)

@@ -99,6 +99,7 @@ def write_toy_package(folder: Path, name: str, changes: dict[str, str] | None = 
         "registration.py": (ROOT / "hf_efficient/registration.py").read_text(),
         "remote_code.py": (ROOT / "hf_efficient/remote_code.py").read_text(),
         "configuration/self_contained.py": (ROOT / "configuration/self_contained.py").read_text(),
+        "configuration/model_card.py": (ROOT / "configuration/model_card.py").read_text(),
     }
     package = folder / name
     for path, text in (files | (changes or {})).items():

@@ -3,7 +3,7 @@
 from torch import nn
 
 from ..configuration.colt5 import CoLT5Config
-from ..modeling.colt5 import CoLT5ForImageClassification
+from ..modeling.colt5_images import CoLT5ForImageClassification
 from .colt5_attention import attention_options, feed_forward_options, move_attention, move_feed_forward
 from .weight_transfer import ConversionError, ConversionReport, WeightTransfer
 

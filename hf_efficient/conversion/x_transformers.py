@@ -18,6 +18,7 @@ from ..modeling.x_transformer import (
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
     XTransformerForMaskedLM,
+    XTransformerForSequenceClassification,
     XTransformerForTokenClassification,
     XTransformerModel,
     XTransformerPreTrainedModel,
@@ -42,7 +43,8 @@ def convert_x_transformers(
 
     A `Decoder` or `PrefixDecoder` becomes `XTransformerForCausalLM`, an `Encoder` or `CrossAttender`
     `XTransformerForMaskedLM`, an `XTransformer` `XTransformerForConditionalGeneration`. With `return_only_embed` it is
-    `XTransformerModel`, with a width or number of output heads of its own `XTransformerForTokenClassification`.
+    `XTransformerModel`, with a width or number of output heads of its own `XTransformerForTokenClassification`, with
+    CLS tokens or average pooling `XTransformerForSequenceClassification`.
 
     Args:
         source: the module or its state dict, also inside `AutoregressiveWrapper`.
@@ -68,8 +70,9 @@ def convert_x_transformers(
     config = XTransformerConfig(**stack.fields())
     if stack.wrapper["return_only_embed"]:
         model_class, target, head = XTransformerModel, "", None
-    elif stack.has_own_outputs:
-        model_class, target, head = XTransformerForTokenClassification, "model.", "score"
+    elif stack.is_pooled or stack.has_own_outputs:
+        pooled, single = XTransformerForSequenceClassification, XTransformerForTokenClassification
+        model_class, target, head = pooled if stack.is_pooled else single, "model.", "score"
     else:
         is_decoder = config.is_decoder
         model_class = XTransformerForCausalLM if is_decoder else XTransformerForMaskedLM
@@ -166,6 +169,11 @@ class SourceStack:
                 raise ConversionError(f"{name}={value!r} differs from self-attention's {own!r}, which is not built")
 
     @property
+    def is_pooled(self) -> bool:
+        """Whether the output is one for the whole sequence."""
+        return self.wrapper["use_cls_token"] or self.wrapper["average_pool_embed"]
+
+    @property
     def has_own_outputs(self) -> bool:
         """Whether the output is something else than one logit for each token id."""
         width, heads = self.wrapper["logits_dim"], self.wrapper["num_output_heads"]
@@ -186,7 +194,7 @@ class SourceStack:
         fields["absolute_positions"] = self._absolute_positions()
         if era.biased_value_gate and flags["attn_gate_values"]:
             fields["value_gate_bias"] = True
-        if self.has_own_outputs:
+        if self.is_pooled or self.has_own_outputs:
             width = self.wrapper["logits_dim"] or self.wrapper["num_tokens"]
             fields["num_labels"] = width * self.wrapper["num_output_heads"]
         fields["lm_head_bias"] = era.head_bias and not self.wrapper["tie_embedding"]

@@ -25,16 +25,18 @@ from .x_transformers_era import Era
 from .x_transformers_options import REQUIRED, Flag, complete, translate
 
 
-IMAGES = "x_transformer_images.py"
-# `ViTransformerWrapper`
-IMAGE_FLAGS = (
-    Flag("image_size", REQUIRED, "image_size", IMAGES),
-    Flag("patch_size", REQUIRED, "patch_size", IMAGES),
-    Flag("channels", 3, "num_channels", IMAGES),
-    Flag("num_classes", None, "num_labels", IMAGES),
-    Flag("post_emb_norm", False, "embedding_norm", IMAGES),
-    Flag("num_register_tokens", 0, "num_register_tokens", IMAGES),
-    Flag("emb_dropout", 0.0, "embedding_dropout", IMAGES),
+# `ViTransformerWrapper`: nothing of it is ever cached.
+IMAGE_FLAGS = tuple(
+    Flag(name, default, field, "x_transformer_images.py", cached="—")
+    for name, default, field in (
+        ("image_size", REQUIRED, "image_size"),
+        ("patch_size", REQUIRED, "patch_size"),
+        ("channels", 3, "num_channels"),
+        ("num_classes", None, "num_labels"),
+        ("post_emb_norm", False, "embedding_norm"),
+        ("num_register_tokens", 0, "num_register_tokens"),
+        ("emb_dropout", 0.0, "embedding_dropout"),
+    )
 )
 
 Source = nn.Module | Mapping[str, Tensor]

@@ -178,10 +178,6 @@ def _execution(value, flags) -> Fields:
     return {"layer_execution_order": blocks, "num_hidden_layers": len(blocks)}
 
 
-def _disabled_positions(value, flags) -> Fields:
-    return {}  # read by the embeddings' rows
-
-
 # `AttentionLayers`: Encoder, Decoder, PrefixDecoder
 LAYER_FLAGS = (
     Flag("dim", REQUIRED, "hidden_size", "x_transformer.py"),
@@ -215,7 +211,7 @@ LAYER_FLAGS = (
     Flag("rotary_interpolation_factor", 1.0, "rope_parameters['factor'], type 'linear'", ROTARY, _nothing),
     Flag("rotary_xpos_scale_base", 512, "xpos_scale_base", ROTARY),
     Flag("rotary_base_rescale_factor", 1.0, "rope_parameters['rope_theta']", ROTARY, _nothing),
-    Flag("disable_abs_pos_emb", None, "absolute_positions=None", INPUTS, _disabled_positions),
+    Flag("disable_abs_pos_emb", None, "absolute_positions=None", INPUTS, _nothing),
     Flag("weight_tie_layers", False, "layer_execution_order=[0, 0, ...]", "x_transformer.py",
          lambda v, f: {"layer_execution_order": [0] * f["depth"]} if v else {}),
     Flag("custom_layers", None, "sublayer_order", LAYER, _order, takes_list=True),
@@ -348,7 +344,13 @@ WRAPPER_FLAGS = (
     Flag("num_output_heads", 1, "num_labels (their heads one behind the other)", "x_transformer.py", _nothing),
     Flag("squeeze_out_last_dim", False, "(the last axis stays)", "x_transformer.py", _nothing),
     Flag("return_only_embed", False, "(XTransformerModel)", "x_transformer.py", _nothing),
-    Flag("attn_z_loss_weight", 1e-4, "(unused by the original)", "", _nothing),
+    Flag("average_pool_embed", False, "classifier_pooling='mean' (...ForSequenceClassification)", "pooling.py",
+         _named("classifier_pooling", "mean")),
+    Flag("use_cls_token", False, "classifier_pooling='cls' (...ForSequenceClassification)", INPUTS,
+         lambda v, f: {"classifier_pooling": "cls", "num_cls_tokens": f["num_cls_tokens"]} if v else {}),
+    Flag("num_cls_tokens", 1, "num_cls_tokens", INPUTS, _nothing),
+    Flag("max_mem_len", 0, "mem_len", "segment_memory.py"),
+    Flag("attn_z_loss_weight", 1e-4, "(unused by the original; see attention_z_loss_coef)", "", _nothing),
     Flag("input_not_include_cache", False, "(what a cache always means here)", "", _nothing),
     *(
         Flag(name, default, refused=RESEARCH)
@@ -356,8 +358,7 @@ WRAPPER_FLAGS = (
             "memory_tokens_interspersed_every": None, "recycling": False, "looped": False, "emb_frac_gradient": 1.0,
             "attn_pool": False,
             "token_emb": None, "mixture_of_softmax": False, "sigsoftmax_logits": False, "ff_deep_embed": False,
-            "to_logits": None, "add_continuous_pred_head": False, "max_mem_len": 0, "shift_mem_down": 0,
-            "average_pool_embed": False, "use_cls_token": False,
+            "to_logits": None, "add_continuous_pred_head": False, "shift_mem_down": 0,
         }.items()
     ),
 )  # fmt: skip

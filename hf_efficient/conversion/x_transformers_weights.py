@@ -64,6 +64,8 @@ class StackWeights:
             self.layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
         if config.token_size != config.hidden_size:
             transfer.move_linear(f"{target}embeddings.projection", f"{source}project_emb")
+        if config.num_cls_tokens:
+            transfer.move(f"{target}cls_tokens", f"{source}cls_token")
         if config.num_memory_tokens:
             transfer.move(f"{target}memory_tokens", f"{source}memory_tokens")
 

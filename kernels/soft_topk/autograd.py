@@ -3,9 +3,13 @@
 Each pass is a custom operator, so that `torch.compile` and `torch.export` see one node.
 """
 
+from contextlib import nullcontext
+
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
+from ..backend import is_observed
 from ..custom_operator import custom_operator
 from .eager import descent_backward, descent_forward, exact_backward, exact_forward
 
@@ -20,16 +24,16 @@ except ImportError:
 
 
 @custom_operator("soft_topk_exact")
-def soft_topk_exact(
+def soft_topk_exact_operator(
     logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores, indices, pivot and offset of logits `[R, N]`: see `eager.exact_forward`."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with _no_autocast(logits):
         forward = exact_forward_triton if backend == "triton" else exact_forward
         return forward(logits, k, mask, eps, num_selected)
 
 
-@soft_topk_exact.register_fake
+@soft_topk_exact_operator.register_fake
 def _(logits, k, mask, eps, num_selected, backend):
     dtype = torch.promote_types(logits.dtype, torch.float32)
     scores, indices = _fake_outputs(logits, num_selected)
@@ -41,7 +45,7 @@ def soft_topk_exact_backward(
     grad: Tensor, logits: Tensor, mask: Tensor | None, pivot: Tensor, offset: Tensor, eps: float, backend: str
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and k, in the dtypes of logits and pivot."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with _no_autocast(logits):
         grad_logits, grad_k = (exact_backward_triton if backend == "triton" else exact_backward)(
             grad, logits, mask, pivot, offset, eps
         )
@@ -58,7 +62,7 @@ def soft_topk_descent(
     logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and duals of logits `[R, N]`: see `eager.descent_forward`."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with _no_autocast(logits):
         return (descent_forward_triton if backend == "triton" else descent_forward)(
             logits, k, mask, temperatures, num_selected
         )
@@ -81,7 +85,7 @@ def soft_topk_descent_backward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of logits and k, in the dtypes of both."""
-    with torch.autocast(logits.device.type, enabled=False):
+    with _no_autocast(logits):
         grad_logits, grad_k = (descent_backward_triton if backend == "triton" else descent_backward)(
             grad, logits, k, mask, duals, temperatures
         )
@@ -91,6 +95,11 @@ def soft_topk_descent_backward(
 @soft_topk_descent_backward.register_fake
 def _(grad, logits, k, mask, duals, temperatures, backend):
     return torch.empty_like(logits, memory_format=torch.contiguous_format), torch.empty_like(k)
+
+
+def _no_autocast(tensor):
+    kind = tensor.device.type
+    return torch.autocast(kind, enabled=False) if torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def _fake_outputs(logits, num_selected):
@@ -122,5 +131,34 @@ def _backward_of_descent(ctx, grad, *_):
     return grad_logits, grad_k, None, None, None, None
 
 
-soft_topk_exact.register_autograd(_backward_of_exact, setup_context=_setup_exact)
+soft_topk_exact_operator.register_autograd(_backward_of_exact, setup_context=_setup_exact)
 soft_topk_descent.register_autograd(_backward_of_descent, setup_context=_setup_descent)
+
+
+class _ExactFunction(torch.autograd.Function):
+    """The operator's two passes on the eager path, without an operator around them."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        with _no_autocast(inputs[0]):
+            output = exact_forward(*inputs[:-1])
+        _setup_exact(ctx, inputs, output)
+        return output
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad, *_):
+        logits, *saved = ctx.saved_tensors
+        with _no_autocast(logits):
+            grad_logits, grad_k = exact_backward(grad, logits, *saved, ctx.eps)
+        return grad_logits.to(logits.dtype), grad_k, None, None, None, None
+
+
+def soft_topk_exact(
+    logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """As `soft_topk_exact_operator`, which in a short row takes a quarter of the time: left out where nobody looks."""
+    inputs = (logits, k, mask, eps, num_selected, backend)
+    if backend == "triton" or is_observed(logits, k):
+        return soft_topk_exact_operator(*inputs)
+    return _ExactFunction.apply(*inputs)

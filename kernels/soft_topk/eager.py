@@ -1,4 +1,4 @@
-"""Soft top-k for machines without a Triton path: one top-k and a few passes over the row.
+"""Soft top-k for machines without a Triton path: one partition and a few passes over the row.
 
 Exact: let p, the pivot, be the ⌈k⌉-th largest logit and `e_i = exp((s_i - p) / ε)`. With `τ = p + ε λ`, `λ ≥ 0`, the
 scores are `min(1, z e_i)`, `z = exp(-λ)`, and their sum is concave and piecewise linear in z. Only the sorted largest
@@ -6,12 +6,20 @@ scores are `min(1, z e_i)`, `z = exp(-λ)`, and their sum is concave and piecewi
 over the others, and `z_j = (k - j) / Σ_{i≥j} e_i` is the solution for the first j with `z_j e_j ≤ 1`. The pair (p, λ)
 says more than τ would: differences from p are exact, and λ is at most about the logarithm of the row's length.
 
+What concerns few numbers is done in numpy on the host: a short row is a matter of microseconds, and each operator of
+torch takes several of them.
+
 Both gradients are implicit: nothing but logits and scalars is kept for them.
 """
 
+import numpy as np
 import torch
 
-from .selection import blocks_of, largest_values, select_by_position
+from .selection import in_blocks, select_by_position, split_largest
+
+
+LARGEST_EXPONENT = 600.0  # a sum of so many powers of e as there can be entries is finite in double precision
+SMALLEST = 1e-300
 
 
 def exact_forward(
@@ -23,43 +31,59 @@ def exact_forward(
     """
     values = _masked_values(logits, mask)
     rows, columns = values.shape
-    limit = torch.finfo(values.dtype).max
     if rows == 0:
         empty = values.new_empty(0)
         return torch.empty_like(logits), select_by_position(values, num_selected), empty, empty.clone()
-    k = k[:, None].double()
+    k = np.minimum(k.detach().cpu().numpy().astype(np.float64), columns)
     # One more than saturate, to see whether there is anything besides them.
-    needed = min(max(int(k.max().item()) + 1, num_selected, 1), columns)
-    best = largest_values(values, needed)
-    whole, ceiling = k.floor(), k.ceil()
-    pivot = best.values.gather(-1, (ceiling - 1).clamp_(0, needed - 1).long())
-    following = best.values.gather(-1, whole.clamp(0, needed - 1).long())
-    all_saturate, none_does = (k >= columns).logical_or_(following == -torch.inf), k <= 0
-    pivot.masked_fill_(all_saturate, -limit).masked_fill_(none_does, limit)
+    needed = min(max(int(k.max()) + 1, num_selected, 1), columns)
+    top, others = split_largest(values, needed)
+    pivots, trivial = _pivots(top, k, columns)
+    pivot = torch.from_numpy(pivots).to(values.device)
 
-    scores, rest = torch.empty_like(values), torch.zeros_like(k)
-    for row, column in blocks_of(values):
-        block = torch.sub(values[row, column], pivot[row], out=scores[row, column])
-        block.mul_(1 / eps).exp_()
-    scores.scatter_(-1, best.positions, 0)
-    for row, column in blocks_of(values):
-        rest[row] += scores[row, column].sum(-1, keepdim=True)
+    rest = torch.zeros_like(pivot, dtype=torch.float64)
+    for block, p, total in in_blocks(others, pivot, rest):
+        total += block.sub_(p).mul_(1 / eps).exp_().sum(-1, keepdim=True)
+    offset = torch.from_numpy(_offsets(top, k, pivots, trivial, rest.cpu().numpy(), eps)).to(pivot)
 
-    # Larger ones than 1/z are never unsaturated, and z is not smaller than this.
-    smallest = (k - ceiling).add_(1).div_(columns)
-    scaled = best.values.sub(pivot).mul_(1 / eps).double().clamp_(max=1 - smallest.log_()).exp_()
-    sums = scaled.flip(-1).cumsum(-1).flip(-1).add_(rest)
-    z = torch.sub(k, torch.arange(needed, dtype=k.dtype, device=k.device)).div_(sums)
-    solution = z.gather(-1, (z * scaled <= 1).byte().argmax(-1, keepdim=True))
-    solution.masked_fill_(all_saturate.logical_or_(none_does), 1)
-    offset = solution.log().neg_()[:, 0].to(values.dtype)
-    single = solution.to(values.dtype)
+    scores = torch.empty_like(values)
+    for block, p, shift, out in in_blocks(values, pivot, offset.neg(), scores):
+        torch.add(shift, torch.sub(block, p, out=out), alpha=1 / eps, out=out).clamp_(max=0).exp_()
+    indices = select_by_position(values, num_selected, top[:, needed - num_selected :][:, :1])
+    return scores.to(logits.dtype), indices, pivot.view(rows), offset.view(rows)
 
-    for row, column in blocks_of(values):
-        scores[row, column].mul_(single[row])
-    scores.scatter_(-1, best.positions, scaled.mul_(solution).clamp_(max=1).to(values.dtype))
-    indices = select_by_position(values, num_selected, best)
-    return scores.to(logits.dtype), indices, pivot[:, 0].contiguous(), offset
+
+def _pivots(top: np.ndarray, k: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
+    """Of the largest logits `[R, n]`, ascending, the pivots `[R, 1]`, and flags `[R]` where all or none score."""
+    rows, needed = np.arange(top.shape[0]), top.shape[1]
+    whole = k.astype(np.int64)
+    following = top[rows, np.minimum(needed - 1 - whole, needed - 1)]
+    # The same one if there is a fraction, else the one before it.
+    pivots = top[rows, np.minimum(needed - whole - (k > whole), needed - 1)]
+    all_saturate, none_does = (k >= columns) | (following == -np.inf), k <= 0
+    limit = np.finfo(top.dtype).max
+    pivots[all_saturate] = -limit
+    pivots[none_does] = limit
+    return pivots[:, None], all_saturate | none_does
+
+
+def _offsets(
+    top: np.ndarray, k: np.ndarray, pivots: np.ndarray, trivial: np.ndarray, rest: np.ndarray, eps: float
+) -> np.ndarray:
+    """λ `[R, 1]` in float64, of the largest logits `[R, n]`, ascending, and the sum over the others `[R, 1]`."""
+    needed = top.shape[1]
+    with np.errstate(all="ignore"):  # rows without a solution
+        scaled = np.multiply(top - pivots, 1 / eps, dtype=np.float64)
+        # Whatever is beyond this saturates: z is not so small.
+        np.exp(np.minimum(scaled, LARGEST_EXPONENT, out=scaled), out=scaled)
+        z = np.cumsum(scaled, axis=-1)
+        z += rest
+        # With all entries above it saturated, the j-th largest has z_j here; `z_j e_j ≤ 1` holds from some j on.
+        np.divide(k[:, None] - np.arange(needed - 1, -1, -1), z, out=z)
+        saturated = np.count_nonzero(scaled * z > 1, axis=-1)
+        solution = z[np.arange(top.shape[0]), np.maximum(needed - 1 - saturated, 0)]
+        solution[trivial] = 1
+        return -np.log(solution)[:, None]
 
 
 def exact_backward(
@@ -75,20 +99,20 @@ def exact_backward(
     With U the unsaturated entries, `∂L/∂k = Σ_U g y / Σ_U y` and `∂L/∂s_i = y_i (g_i - ∂L/∂k) / ε` for i in U.
     """
     values, grad = _masked_values(logits, mask), _masked_grad(grad, mask, pivot.dtype)
-    weights, pivot, offset = torch.empty_like(values), pivot[:, None], offset[:, None]
-    total, dot = pivot.new_zeros(2, *pivot.shape, dtype=torch.float64)
+    pivot, minus_offset, weights = pivot[:, None], offset.neg()[:, None], torch.empty_like(values)
+    total, dot = (torch.zeros_like(pivot, dtype=torch.float64) for _ in range(2))
     above_one = -1 - torch.finfo(values.dtype).eps
-    for row, column in blocks_of(values):
-        block = torch.sub(values[row, column], pivot[row], out=weights[row, column])
-        block.mul_(1 / eps).sub_(offset[row])
+    for block, p, shift, g, y, y_sum, gy_sum in in_blocks(values, pivot, minus_offset, grad, weights, total, dot):
+        torch.add(shift, torch.sub(block, p, out=y), alpha=1 / eps, out=y)
         # -y where y ≤ 1, and 0 above: three times as fast as a mask.
-        torch.threshold_(block.exp_().neg_(), above_one, 0)
-        total[row] += block.sum(-1, keepdim=True)
-        dot[row] += torch.linalg.vecdot(block, grad[row, column]).unsqueeze(-1)
-    mean = (dot / total.masked_fill(total == 0, 1)).to(values.dtype)
-    for row, column in blocks_of(values):
-        weights[row, column].mul_(torch.sub(mean[row], grad[row, column]).mul_(1 / eps))
-    return weights, mean[:, 0].contiguous()
+        torch.threshold_(y.exp_().neg_(), above_one, 0)
+        y_sum += y.sum(-1, keepdim=True)
+        gy_sum += torch.linalg.vecdot(y, g).unsqueeze(-1)
+    # Both are sums of -y: if they are zero, so is the mean.
+    mean = dot.div_(total.clamp_(max=-SMALLEST)).to(values.dtype)
+    for y, g, m in in_blocks(weights, grad, mean / eps):
+        y.mul_(torch.sub(m, g, alpha=1 / eps))
+    return weights, mean.view(-1)
 
 
 def descent_forward(
@@ -100,13 +124,12 @@ def descent_forward(
     `a_t = ε_t (log k - LSE_i(min(s_i, -a_{t-1}) / ε_t))`.
     """
     values = _masked_values(logits, mask)
-    rows, columns = values.shape
+    rows = values.shape[0]
     log_k = k[:, None].double().clamp(min=1e-20).log()
     maximum, count = values.new_full((rows, 1), -torch.inf), log_k.new_zeros(rows, 1)
-    for row, column in blocks_of(values):
-        block = values[row, column]
-        maximum[row] = torch.maximum(maximum[row], block.amax(-1, keepdim=True))
-        count[row] += (block > -torch.inf).sum(-1, keepdim=True)
+    for block, highest, number in in_blocks(values, maximum, count):
+        torch.maximum(highest, block.amax(-1, keepdim=True), out=highest)
+        number += (block > -torch.inf).sum(-1, keepdim=True)
     maximum = maximum.masked_fill(count == 0, 0)
     duals = [temperatures[0] * (log_k - count.clamp(min=1).log())]
     scores = torch.empty_like(values)
@@ -114,17 +137,15 @@ def descent_forward(
         top = torch.minimum(maximum.double(), -duals[-1]).to(values.dtype)
         limit = ((-duals[-1] - top) / temperature).to(values.dtype)
         total = torch.zeros_like(log_k)
-        for row, column in blocks_of(values):
-            block = torch.sub(values[row, column], top[row], out=scores[row, column])
-            block.mul_(1 / temperature)
-            torch.minimum(block, limit[row], out=block)
-            total[row] += block.exp_().sum(-1, keepdim=True)
+        for block, highest, ceiling, out, sums in in_blocks(values, top, limit, scores, total):
+            torch.sub(block, highest, out=out).mul_(1 / temperature)
+            torch.minimum(out, ceiling, out=out)
+            sums += out.exp_().sum(-1, keepdim=True)
         duals.append(temperature * (log_k - total.log()) - top)
         duals[-1].masked_fill_(count == 0, 0)
     pivot, offset = _split(duals[-1], temperatures[-1], values.dtype)
-    for row, column in blocks_of(values):
-        block = torch.sub(values[row, column], pivot[row], out=scores[row, column])
-        block.mul_(1 / temperatures[-1]).sub_(offset[row]).clamp_(max=0).exp_()
+    for block, p, shift, out in in_blocks(values, pivot, offset, scores):
+        torch.sub(block, p, out=out).mul_(1 / temperatures[-1]).sub_(shift).clamp_(max=0).exp_()
     return scores.to(logits.dtype), select_by_position(values, num_selected), torch.cat(duals, dim=-1)
 
 
@@ -147,25 +168,24 @@ def descent_backward(
     grad_logits, weights = torch.empty_like(values), torch.empty_like(values)
     arriving, grad_log_k = torch.zeros_like(k), torch.zeros_like(k)
     pivot, offset = _split(duals[:, -1:], temperatures[-1], dtype)
-    for row, column in blocks_of(values):
-        block = torch.sub(values[row, column], pivot[row], out=grad_logits[row, column])
-        block.mul_(1 / temperatures[-1]).sub_(offset[row])
-        saturated = block > 0
-        block.exp_().masked_fill_(saturated, 0).mul_(grad[row, column]).mul_(1 / temperatures[-1])
-        arriving[row] += block.sum(-1, keepdim=True)
+    for block, p, shift, g, out, sums in in_blocks(values, pivot, offset, grad, grad_logits, arriving):
+        torch.sub(block, p, out=out).mul_(1 / temperatures[-1]).sub_(shift)
+        saturated = out > 0
+        out.exp_().masked_fill_(saturated, 0).mul_(g).mul_(1 / temperatures[-1])
+        sums += out.sum(-1, keepdim=True)
     for step in range(duals.shape[1] - 1, 0, -1):
         temperature = temperatures[step]
         grad_log_k += temperature * arriving
         pivot, offset = _split(duals[:, step : step + 1], temperature, dtype)
         limit = ((duals[:, step : step + 1] - duals[:, step - 1 : step]) / temperature).to(dtype)
         count, factor = torch.zeros_like(k), (arriving / k).to(dtype)
-        for row, column in blocks_of(values):
-            block = torch.sub(values[row, column], pivot[row], out=weights[row, column])
-            block.mul_(1 / temperature).sub_(offset[row])
-            saturated = block > limit[row]
-            count[row] += saturated.sum(-1, keepdim=True)
-            block.exp_().masked_fill_(saturated, 0).mul_(factor[row])
-            grad_logits[row, column].sub_(block)
+        for block, p, shift, ceiling, f, weight, out, number in in_blocks(
+            values, pivot, offset, limit, factor, weights, grad_logits, count
+        ):
+            torch.sub(block, p, out=weight).mul_(1 / temperature).sub_(shift)
+            saturated = weight > ceiling
+            number += saturated.sum(-1, keepdim=True)
+            out.sub_(weight.exp_().masked_fill_(saturated, 0).mul_(f))
         arriving = arriving * count * limit.double().exp() / k
     grad_log_k += temperatures[0] * arriving
     grad_k = torch.where(k > 1e-20, grad_log_k / k, 0)

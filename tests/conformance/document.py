@@ -35,21 +35,44 @@ ABSENT = """
 
 | mixin | what stands in its place |
 |---|---|
-| GenerationTesterMixin | `tests/test_generation*.py`, `tests/test_perceiver_flash_generation.py` |
+| GenerationTesterMixin | `tests/test_generation_contract.py` |
 | PipelineTesterMixin (needs a list of models on the Hub) | `tests/test_pipelines.py` |
 | ExportTesterMixin | `tests/test_perceiver_flash_training.py` for PerceiverFlash |
 """
 
 
-def test_cases() -> list[tuple[str, list[str]]]:
-    """Every test class of this folder with the names of its tests."""
-    cases = []
+def test_classes() -> dict[str, type[unittest.TestCase]]:
+    """Every test class of this folder."""
+    classes = {}
     for path in sorted(set(HERE.glob("test_*.py")) - {HERE / "test_table.py"}):
         module = importlib.import_module(f"{__package__}.{path.stem}")
         for name, value in vars(module).items():
             if isinstance(value, type) and issubclass(value, unittest.TestCase):
-                cases.append((name, unittest.TestLoader().getTestCaseNames(value)))
-    return cases
+                classes[name] = value
+    return classes
+
+
+def test_cases() -> list[tuple[str, list[str]]]:
+    """Every test class of this folder with the names of its tests."""
+    return [(name, unittest.TestLoader().getTestCaseNames(case)) for name, case in test_classes().items()]
+
+
+def counts(case: str, tests: list[str]) -> tuple[int, int, int]:
+    """How many tests of a class pass, skip themselves, and fail as skips.py says."""
+    rows = [skip for test in tests for skip in SKIPS if skip.covers(case, test)]
+    failing = sum(skip.fails for skip in rows)
+    return len(tests) - len(rows), len(rows) - failing, failing
+
+
+def cells_by_model() -> dict[str, str]:
+    """What docs/matrix.md says of each model class: the counts of the test classes that try it."""
+    classes, cells = test_classes(), {}
+    for case, tests in test_cases():
+        passing, skipped, failing = counts(case, tests)
+        text = f"{case}: {passing} pass, {skipped} skip" + (f", **{failing} fail**" if failing else "")
+        for model in getattr(getattr(classes[case], "tester", None), "model_classes", ()):
+            cells[model.__name__] = "<br>".join(filter(None, [cells.get(model.__name__), text]))
+    return cells
 
 
 def render() -> str:
@@ -57,9 +80,7 @@ def render() -> str:
     lines = [HEAD.format(version=importlib.metadata.version("transformers"))]
     lines += ["| test class | tests | pass | skip themselves | fail |", "|---|---|---|---|---|"]
     for case, tests in cases:
-        rows = [skip for test in tests for skip in SKIPS if skip.covers(case, test)]
-        failing = sum(skip.fails for skip in rows)
-        lines.append(f"| {case} | {len(tests)} | {len(tests) - len(rows)} | {len(rows) - failing} | {failing} |")
+        lines.append(f"| {case} | {len(tests)} | " + " | ".join(map(str, counts(case, tests))) + " |")
     lines += ["", "## The tests that do not pass", "", "| why | tests | in | unless |", "|---|---|---|---|"]
     lines += [_row(skip, cases) for skip in SKIPS]
     return "\n".join(lines) + "\n" + ABSENT

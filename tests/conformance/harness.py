@@ -136,7 +136,7 @@ class CommonTests(ModelTesterMixin):
 
 
 class GenerativeTests(GenerationTesterMixin, CommonTests):
-    """For classes that can generate. The sdist lacks the generation tests: tests/test_generation.py is ours."""
+    """For classes that can generate. The sdist lacks generation tests: tests/test_generation_contract.py is ours."""
 
 
 class CausalTests(TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixin, GenerativeTests):

@@ -1,0 +1,114 @@
+"""The recorder of docs/matrix.md fails a run of which the page is not true."""
+
+import re
+import shutil
+
+import pytest
+from helpers import ROOT, run_python
+
+
+CONFTEST = """
+import pathlib, sys
+sys.path.insert(0, {tests!r})
+import matrix_page, matrix_recorder
+class Page(matrix_page.MatrixPage):
+    path = pathlib.Path(__file__).parent.parent / "page.md"
+def pytest_configure(config):
+    config.addinivalue_line("markers", "matrix: …")
+    if not hasattr(config, "workerinput"):
+        config.pluginmanager.register(matrix_recorder.MatrixRecorder(Page(), False))
+def pytest_collection_modifyitems(items):
+    matrix_recorder.note_cells(items, matrix_page.head_of)
+"""
+TESTS = """
+import pytest
+@pytest.mark.matrix("Trainer", "resume")
+@pytest.mark.parametrize("head", ["A", "B"])
+def test_both(head): pass
+@pytest.mark.matrix("pipeline")
+@pytest.mark.parametrize("head", ["A", "B"])
+@pytest.mark.parametrize("option", [0, 1])
+def test_refusals(head, option, record_property):
+    if head == "B" or option: record_property("matrix_cell", "refused")
+@pytest.mark.matrix("compile", heads=["A", "B"])
+def test_many_heads(): pass
+@pytest.mark.matrix("bf16")
+@pytest.mark.parametrize("head", ["A"])
+@pytest.mark.xfail(strict=True)
+def test_known_to_fail(head): assert False
+@pytest.mark.matrix("checkpointing")
+@pytest.mark.parametrize("head", ["B"])
+def test_not_here(head): pytest.skip("no machine")
+"""
+PAGE = """
+| head | [Trainer](x) | resume | pipeline | compile | bf16 | checkpointing |
+| --- | --- | --- | --- | --- | --- | --- |
+| `A` | yes | yes | yes, some refused | yes | **no** | — |
+| `B` | yes | yes | refused | yes | — | not run |
+"""
+
+
+@pytest.fixture
+def run(tmp_path):
+    """Writes page and tests, runs them, and returns what pytest says about the page (None: nothing)."""
+
+    def run(page=PAGE, tests=TESTS, *arguments):
+        folder = tmp_path / "tests"
+        shutil.rmtree(folder, ignore_errors=True)
+        folder.mkdir()
+        (folder / "conftest.py").write_text(CONFTEST.format(tests=str(ROOT / "tests")))
+        (folder / "test_it.py").write_text(tests)
+        (tmp_path / "page.md").write_text(page)
+        (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
+        printed = run_python(
+            *("-c", "import pytest, sys; print('ended with', int(pytest.main(sys.argv[1:])))"),
+            *("-q", "-p", "no:cacheprovider", *arguments),
+            cwd=tmp_path,
+            environment={"PYTHONPATH": str(ROOT)},
+        )
+        failed = "ended with 1" in printed
+        problems = re.findall(r"^(\w+, .*): page.md says (.*), the tests say (.*)$", printed, flags=re.MULTILINE)
+        assert failed == bool(problems), printed
+        return problems
+
+    return run
+
+
+def test_a_page_that_is_true_passes(run):
+    assert run() == []
+    assert run(PAGE, TESTS, "-n", "2") == []
+
+
+CHANGES = (
+    ("def test_both(head): pass", 'def test_both(head): pytest.skip("no time")'),
+    ('@pytest.mark.matrix("compile", heads=["A", "B"])', ""),
+    ("@pytest.mark.xfail(strict=True)\ndef test_known_to_fail(head): assert False", "def test_known(head): pass"),
+    ('if head == "B" or option:', "if True:"),
+    ('@pytest.mark.parametrize("head", ["B"])', '@pytest.mark.parametrize("head", ["B", "C"])'),
+)
+PROBLEMS = [
+    ("A, Trainer", "yes", "not run"),
+    ("A, bf16", "**no**", "yes"),
+    ("A, compile", "yes", "—"),
+    ("A, pipeline", "yes, some refused", "refused"),
+    ("A, resume", "yes", "not run"),
+    ("B, Trainer", "yes", "not run"),
+    ("B, compile", "yes", "—"),
+    ("B, resume", "yes", "not run"),
+    ("C, checkpointing", "—", "not run"),
+]
+
+
+def test_a_page_that_is_not_true_fails(run):
+    """Tests that are skipped, unmarked, mended, only refused now, and one that is new."""
+    tests = TESTS
+    for old, new in CHANGES:
+        assert old in tests
+        tests = tests.replace(old, new)
+    assert run(PAGE, tests) == PROBLEMS
+
+
+def test_a_part_of_the_tests_says_nothing_about_the_page(run):
+    changed = TESTS.replace(*CHANGES[0])
+    assert run(PAGE, changed, "-k", "both") == []
+    assert run(PAGE, changed, "tests/test_it.py") == []
