@@ -6,11 +6,13 @@ import shutil
 import tempfile
 
 
-# No test may reach the network or leave modules of remote code in the user's cache.
+# No test may reach the network or leave modules of remote code in the user's cache. Nor may it find code there that
+# torch.compile generated for an operator as it was before: its cache does not notice a changed one.
 HF_HOME = tempfile.mkdtemp(prefix="hf_efficient_tests_")
 os.environ |= {
     "HF_HOME": HF_HOME,
     "HF_MODULES_CACHE": os.path.join(HF_HOME, "modules"),
+    "TORCHINDUCTOR_CACHE_DIR": os.path.join(HF_HOME, "inductor"),
     "HF_HUB_OFFLINE": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "HF_HUB_DISABLE_PROGRESS_BARS": "1",

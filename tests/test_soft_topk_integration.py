@@ -10,7 +10,6 @@ import pytest
 import torch
 from helpers import ROOT
 from soft_topk_cases import METHODS, gradients, make_rows, temperatures
-from torch.fx.experimental.proxy_tensor import make_fx
 
 from hf_efficient.kernels.soft_topk import soft_topk
 
@@ -103,36 +102,6 @@ def test_exports():
         logits, _, mask, _ = make_rows(2, n)
         for actual, wanted in zip(program.module()(logits, mask), Router()(logits, mask), strict=True):
             assert torch.equal(actual, wanted)
-
-
-@every_method
-@pytest.mark.parametrize("mode", ["real", "fake"])
-def test_traces_to_the_operator(method, mode):
-    """A trace has the operator in it, not the numbers of the example."""
-    logits, k, mask, _ = make_rows(3, 70)
-
-    def route(logits, k, mask):
-        return soft_topk(logits, k, mask=mask, method=method, eps=0.3, num_selected=9)[:2]
-
-    traced = make_fx(route, tracing_mode=mode)(logits, k, mask)
-    assert any("soft_topk" in str(node.target) for node in traced.graph.nodes)
-    for actual, wanted in zip(traced(logits.flip(0), k, mask), route(logits.flip(0), k, mask), strict=True):
-        assert torch.equal(actual, wanted)
-
-
-@every_method
-def test_what_has_no_derivative_is_refused(method):
-    """A second derivative, and torch.func, which knows nothing of operators with a gradient of their own."""
-    logits, k, mask, weights = make_rows(3, 70)
-
-    def loss(logits):
-        return (soft_topk(logits, k, mask=mask, method=method, eps=0.3).scores * weights).sum()
-
-    first = torch.autograd.grad(loss(logits.requires_grad_()), logits, create_graph=True)[0]
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(first.square().sum(), logits)
-    with pytest.raises(RuntimeError, match="functorch"):
-        torch.func.grad(loss)(logits.detach())
 
 
 @every_method
