@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from .feed_forward import FeedForward
@@ -89,4 +90,7 @@ class RoutedFeedForward(nn.Module):
         """Both branches, given the routing."""
         tokens = gather_tokens(hidden_states, routing.indices[:, 0])
         heavy = self.heavy_mlp(self.heavy_norm(tokens)) * routing.scores[:, 0, :, None]
-        return add_tokens(self.light_mlp(self.light_norm(hidden_states)), heavy, routing)
+        light = self.light_mlp(self.light_norm(hidden_states))
+        if not torch.compiler.is_compiling() and light._is_view():
+            light = light.clone()  # what tensor parallelism hands back must not be written to
+        return add_tokens(light, heavy, routing)

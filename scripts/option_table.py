@@ -234,12 +234,12 @@ each decides the initial weights and the order of the text, for all options.
 
 **Bits per byte**: mean ± standard deviation over the seeds. **Against the baseline**: mean difference to the
 baseline of the same seed, with its 95 % interval (Student's t); where the interval holds 0, no difference is shown.
-**CPU time** of training on one core, over the baseline's; the machine was shared, so a tenth is noise.
+**CPU time** of training on one core, over the baseline's; the machine was shared: only large ratios mean anything.
 
 {said}.
 
 What this does not say: anything about other sizes, budgets or texts. No option had its own learning rate, the models
-saw each byte once and are far from converged, and {seeds} seeds resolve differences of a few hundredths of a bit.
+saw each byte once and are far from converged, and the intervals show how little {seeds} seeds can tell apart.
 Options that pay off in long runs or long sequences cannot show it here.
 
 (torch {first["torch"]}, commits {commits}.)
@@ -250,7 +250,7 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--options", nargs="+", default=list(OPTIONS), choices=list(OPTIONS), metavar="OPTION")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=240)
     parser.add_argument("--evaluated-blocks", type=int, default=EVALUATED_BLOCKS)
     parser.add_argument("--seconds", type=float, default=float("inf"), help="start no run after this time")
     parser.add_argument("--report", action="store_true", help="train nothing")

@@ -7,6 +7,7 @@ answering, summarisation and translation any more, and says so.
 
 import json
 
+import numpy
 import pytest
 import torch
 from helpers import subprocess_without_package
@@ -49,7 +50,7 @@ def numbers(task, answer):
     if task == "feature-extraction": return answer[0]
     if task == "text-generation": return answer[0]["generated_token_ids"][-6:]
     if task == "fill-mask": return [[choice["token"], choice["score"]] for choice in answer]
-    if task == "token-classification": return [entity["score"] for entity in answer]
+    if task == "token-classification": return [float(entity["score"]) for entity in answer]
     return [[int(label["label"][-1]), label["score"]] for label in answer]
 
 folder, answers = Path(sys.argv[1]), {}
@@ -119,8 +120,8 @@ def answers(tmp_path_factory):
 def by_the_model(task, model, text):
     """What the model says about the tokens of one text, or about one image."""
     if task == "image-classification":
-        pixels = torch.tensor(list(Image.open(text).getdata())).view(1, IMAGE_SIZE, IMAGE_SIZE, 3) / 127.5 - 1
-        scores = model(pixel_values=pixels.permute(0, 3, 1, 2)).logits.softmax(-1)[0]
+        pixels = torch.from_numpy(numpy.array(Image.open(text))).permute(2, 0, 1)[None] / 127.5 - 1
+        scores = model(pixel_values=pixels).logits.softmax(-1)[0]
         return [[label, scores[label].item()] for label in scores.argsort(descending=True).tolist()]
     inputs = TOKENIZER(text, return_tensors="pt")
     if task == "text-generation":

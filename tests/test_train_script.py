@@ -29,6 +29,9 @@ training_model = load_script("training_model")
 TINY = {
     "performer": "hidden_size=16,num_hidden_layers=2,num_attention_heads=2,feature_redraw_interval=6",
     "gpt2": "n_embd=16,n_layer=1,n_head=2,n_positions=64",
+    # Of 32 positions the last 16 are predicted, so held-out blocks overlap.
+    "perceiver_flash": "hidden_size=16,num_latents=16,num_self_attention_layers=1,num_attention_heads=2,"
+    "num_cross_attention_heads=2,num_query_attention_heads=2",
     "bert": "hidden_size=16,num_hidden_layers=1,num_attention_heads=2,intermediate_size=32",
 }
 
@@ -77,7 +80,7 @@ def assert_same_weights(first, second):
 # What it trains and measures
 
 
-@pytest.mark.parametrize("kind", ["performer", "gpt2"])
+@pytest.mark.parametrize("kind", ["performer", "gpt2", "perceiver_flash"])
 def test_causal_training_lowers_bits_per_byte(kind, corpus, tmp_path):
     metrics = train.main(command(kind, corpus, tmp_path, "--do_eval", "--eval_on_start", "true", steps=30))
     history = json.loads((tmp_path / "trainer_state.json").read_text())["log_history"]

@@ -9,7 +9,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
-from generation_models import NEW_TOKENS, tokens
+from generation_models import NEW_TOKENS, left_padded, tokens
 from huggingface_hub.errors import StrictDataclassError
 from transformers import Trainer, TrainingArguments, ViTImageProcessorPil, pipeline
 from x_transformer_image_models import ENCODERS, IMAGES, WRITERS, classifier, pixels, writer
@@ -165,6 +165,12 @@ def test_a_captioner_continues_a_given_beginning():
     together = model.generate(pixel_values=pixels(), **given, max_new_tokens=5)
     assert torch.equal(together, torch.cat(alone))
     assert torch.equal(together[:, 1:5], tokens(2, 4))  # behind the start token
+    # Beginnings of different lengths, padded on the left.
+    ids, mask = left_padded([2, 4])
+    options = {"max_new_tokens": 5, "min_new_tokens": 5}
+    padded = model.generate(pixel_values=pixels(), input_ids=ids, attention_mask=mask, **options)
+    short = model.generate(pixel_values=pixels()[:1], input_ids=ids[:1, 2:], **options)
+    assert torch.equal(padded[:1, 5:], short[:, 3:])
 
 
 @pytest.mark.parametrize("make, name", [(classifier, "registers"), (writer, "captioner"), (writer, "pali")])

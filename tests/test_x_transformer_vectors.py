@@ -213,6 +213,9 @@ def test_generating_behind_prepended_vectors(name, options):
     given |= {"prepend_embeds": front[:1], "prepend_mask": seen[:1]}
     alone = model.generate(ids[:1, 3:], **given)
     assert torch.equal(written[0][:1, 3:], alone)
+    if not model.config.num_memory_tokens:  # which would stand nearer
+        without = {**given, "prepend_embeds": front[1:, 2:], "prepend_mask": None}
+        assert torch.equal(written[0][1:], model.generate(ids[1:], **without))
     given["prepend_embeds"] = -front[:1]
     assert not torch.equal(alone, model.generate(ids[:1, 3:], **given))
 
