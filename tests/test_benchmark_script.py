@@ -23,6 +23,7 @@ benchmark_gpu = load_script("benchmark_gpu")
 
 
 PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
+PARTS += ("perceiver", "perceiver-chunks", "perceiver-language")
 
 
 def make_row(name, provider, mode, length, median, **fields):
