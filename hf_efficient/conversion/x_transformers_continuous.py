@@ -84,7 +84,10 @@ def convert_continuous(
     weights.stack("attn_layers.", "model.")
     if config.output_feature_size is not None:
         parts = 1 if config.distribution_output is None else 2
-        # Means and variances take turns there; here all means come first.
-        turned = lambda rows: rows.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)  # noqa: E731
-        transfer.move("head.weight", "project_out.weight", turned)
+
+        def means_first(rows):
+            """Means and variances take turns there; here all means come first."""
+            return rows.unflatten(0, (-1, parts)).transpose(0, 1).flatten(0, 1)
+
+        transfer.move("head.weight", "project_out.weight", means_first)
     return model.eval(), transfer.load_into(model)
