@@ -7,7 +7,7 @@ import torch
 
 from ..backend import resolve_backend
 from .autograd import linear_attention_eager
-from .eager import step
+from .eager_step import step
 from .feature_maps import FeatureMap
 from .packing import linear_attention_packed
 from .state import LinearAttentionState

@@ -15,7 +15,6 @@ row. Tensors here are flat over batch and heads (B·H first), in the computation
 from typing import NamedTuple
 
 import torch
-import torch.nn.functional as F
 
 from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
@@ -35,7 +34,9 @@ class _Features(NamedTuple):
     log_scale: torch.Tensor | None
 
 
-def _features(rows: torch.Tensor, feature_map: FeatureMap, *, is_key: bool, for_backward: bool = False) -> _Features:
+def chunk_features(
+    rows: torch.Tensor, feature_map: FeatureMap, *, is_key: bool, for_backward: bool = False
+) -> _Features:
     """`feature_maps.query_features` and `key_features`, in place wherever nothing else needs the tensor."""
     logits = project(rows, feature_map)
     if feature_map.function != EXPONENTIAL:
@@ -106,7 +107,7 @@ class _Inputs(NamedTuple):
         rows = self.rows("key", here)
         if self.keep is not None:
             rows = torch.where(self.keep[:, here, None], rows, 0)
-        features = _features(rows, feature_map, is_key=True, for_backward=for_backward)
+        features = chunk_features(rows, feature_map, is_key=True, for_backward=for_backward)
         if self.keep is not None:
             # Zero, not only of the smallest scale: beside no other key, that scale would be the largest too.
             features = features._replace(
@@ -179,7 +180,7 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
         if save_states:
             memories[index, :, :, :-1], memories[index, :, :, -1] = memory.values, memory.sums
             maxima[index] = memory.scale
-        q = _features(inputs.rows("query", here), feature_map, is_key=False).values
+        q = chunk_features(inputs.rows("query", here), feature_map, is_key=False).values
         _, (k, _, log_scale) = inputs.keys(here, feature_map)
         v = inputs.values(here)
         running = torch.maximum(torch.cummax(log_scale, dim=-1).values, memory.scale[:, None])
@@ -222,7 +223,7 @@ def causal_backward(
     for index, here in reversed(list(enumerate(_chunks(value.shape[2], CAUSAL_CHUNK)))):
         memory, maximum = memories[index], maxima[index]
         q_rows = inputs.rows("query", here)
-        q_features = _features(q_rows, feature_map, is_key=False, for_backward=True)
+        q_features = chunk_features(q_rows, feature_map, is_key=False, for_backward=True)
         k_rows, k_features = inputs.keys(here, feature_map, for_backward=True)
         q, k, log_scale = q_features.values, k_features.values, k_features.log_scale
         v = inputs.values_with_ones(here)
@@ -269,7 +270,7 @@ def read_state(query, feature_map, state):
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
-        q = _features(rows, feature_map, is_key=False).values
+        q = chunk_features(rows, feature_map, is_key=False).values
         denominator = (q * sums[:, None]).sum(dim=-1)
         _store_quotient(flat_output, denominators, here, torch.bmm(q, memory), denominator)
     return output, denominators
@@ -299,7 +300,7 @@ def bidirectional_backward(
     grad_memory = _joint_sums(*grad_state).to(dtype)
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = inputs.rows("query", here)
-        features = _features(rows, feature_map, is_key=False, for_backward=True)
+        features = chunk_features(rows, feature_map, is_key=False, for_backward=True)
         grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
         grad_memory = grad_memory + torch.bmm(features.values.mT, grad_numerator)
         grad_q = torch.bmm(grad_numerator, memory.mT)
@@ -313,62 +314,6 @@ def bidirectional_backward(
     shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
     grad_memory = (grad_memory * shrink).unflatten(0, query.shape[:2])
     return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
-
-
-def step(query, key, value, feature_map, mask, state, in_place: bool = False):
-    """One causal token, all shapes `[B, H, 1, ·]`: output and new state. The decode path: few, small operations.
-
-    With `in_place` the new state is in the tensors of `state`: no second state is allocated and read back.
-    """
-    dtype = state.key_value.dtype
-    value = value.to(dtype)
-    if mask is not None:
-        keep = mask.to(torch.bool)[:, None, :, None]
-        key, value = torch.where(keep, key, 0), torch.where(keep, value, 0)
-    q, k, log_scale = _token_features(torch.stack([query, key]).to(dtype), feature_map)
-    if mask is not None:
-        k, log_scale = k * keep, torch.where(keep[..., 0, 0], log_scale, EMPTY_LOG_SCALE)
-    maximum = torch.maximum(log_scale, state.log_scale)
-    k = k * torch.exp(log_scale - maximum).unsqueeze(-1).unsqueeze(-1)
-    key_value, key_sum = state.key_value, state.key_sum
-    stores = (key_value, key_sum) if in_place else (None, None)
-    # The maximum rarely moves after the first tokens. Looking is free on a CPU, and saves a pass over the state.
-    if torch.compiler.is_compiling() or maximum.device.type != "cpu" or not torch.equal(maximum, state.log_scale):
-        decay = torch.exp(state.log_scale - maximum).unsqueeze(-1)
-        key_value = torch.mul(key_value, decay.unsqueeze(-1), out=stores[0])
-        key_sum = torch.mul(key_sum, decay, out=stores[1])
-        if in_place:
-            state.log_scale.copy_(maximum)
-    key_value = torch.addcmul(key_value, k.mT, value, out=stores[0])
-    key_sum = torch.add(key_sum, k.squeeze(-2), out=stores[1])
-    denominator = torch.matmul(q, key_sum.unsqueeze(-1))
-    if feature_map.function == EXPONENTIAL:
-        denominator.clamp_(min=torch.finfo(dtype).tiny)  # positive, unless there is no key and the numerator is 0
-    else:
-        denominator.masked_fill_(denominator == 0, 1)
-    output = torch.matmul(q, key_value).div_(denominator)
-    return output.to(query.dtype), state if in_place else LinearAttentionState(key_value, key_sum, maximum)
-
-
-def _token_features(both, feature_map):
-    """Features of the query and key in `both` `[2, B, H, 1, D]`: `[B, H, 1, M]` each, and the key's scale `[B, H]`.
-
-    Logarithms first: they give the features and the scale by one pass over the logits.
-    """
-    if feature_map.function != EXPONENTIAL:
-        q, k = _features(both, feature_map, is_key=False).values.unbind()
-        return q, k, k.new_zeros(k.shape[:2])
-    rows = both if feature_map.scale == 1 else both * feature_map.scale
-    logits = rows if feature_map.projection is None else F.linear(rows, feature_map.projection)
-    if feature_map.bias is not None:
-        logits = logits + feature_map.bias
-    features = torch.log_softmax(logits, dim=-1)
-    log_scale = logits.select(-1, 0) - features.select(-1, 0)
-    if feature_map.subtract_norm:
-        log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5)
-    features.exp_()
-    q, k = (features.add_(feature_map.epsilon) if feature_map.epsilon else features).unbind()
-    return q, k, log_scale.select(0, 1).squeeze(-1)
 
 
 class _ParameterGrads:
