@@ -337,22 +337,6 @@ def test_configurations_that_cannot_be(name):
         PerceiverFlashConfig(**arguments)
 
 
-def test_heads_of_queries_matter_where_there_are_queries():
-    sizes = {**FEATURES, "hidden_size": 20, "num_attention_heads": 2, "num_cross_attention_heads": 2}
-    sizes |= {"num_query_attention_heads": 8}
-    config = build(PerceiverFlashModel, **sizes).config
-    assert config.query_head_dim is None and PerceiverFlashConfig.from_dict(config.to_dict()).query_head_dim is None
-    assert build(PerceiverFlashForSequenceClassification, **sizes)(inputs=features()).logits.isfinite().all()
-    message = r"num_query_attention_heads must divide the width of its queries \(10\) .*, got 8"
-    for kind, options in (
-        (PerceiverFlashIOModel, {}),
-        (PerceiverFlashForSequenceClassification, {"pooling": "query"}),
-    ):
-        with pytest.raises(ValueError, match=message):
-            build(kind, **sizes, **options)
-        build(kind, **sizes, **options, query_head_dim=4)
-
-
 # Images
 
 
