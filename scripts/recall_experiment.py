@@ -8,8 +8,10 @@ A CoLT5 encoder of two layers reads the task of `recall_task.py`; a linear layer
 Its light attention reaches two tokens, so nothing but the heavy branch, in which 32 of the 4,096 tokens ask and 32 are
 asked, can carry the value to where it is needed. With `static_routing` (the paper's control, section 4.4) these 32 are
 evenly spaced, and the last token is always one of them. All else is the same for both: weights from the same seed,
-data, and a training that begins with 32 tokens, all of which are routed, and doubles them once held-out sequences of
-a length are solved (97 %), or after a number of steps; the last stage, of 4,096 tokens, always has all its steps.
+data, and a training that begins with 32 tokens, all of which are routed, and goes on to a greater length once held-out
+sequences of one are solved (97 %), or after a number of steps; the last stage, of 4,096 tokens, always has all of its
+own. The first lengths grow slowly: a router learns from the tokens that it routes, so a key that falls out early stays
+out, and where every second token falls out at once, some always do.
 
 Each finished run appends its rows to docs/benchmarks/colt5_recall.csv, and what it routed in the first held-out
 sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on,
@@ -36,13 +38,18 @@ ROUTED = 32
 # Tokens of a sequence, at most so many steps, learning rate. A stage ends as soon as it is solved.
 STAGES = (
     (32, 2000, 3e-3),
-    (64, 400, 3e-3),
-    (128, 200, 1.5e-3),
-    (256, 120, 1.5e-3),
+    (36, 200, 3e-3),
+    (40, 200, 3e-3),
+    (48, 200, 3e-3),
+    (64, 200, 3e-3),
+    (96, 150, 2e-3),
+    (128, 120, 1.5e-3),
+    (192, 100, 1.5e-3),
+    (256, 100, 1.5e-3),
     (512, 80, 1.5e-3),
     (1024, 60, 1.5e-3),
     (2048, 40, 1.5e-3),
-    (4096, 60, 1e-3),
+    (4096, 40, 1e-3),
 )
 SOLVED, STEPS_BETWEEN_EVALUATIONS, WARM_UP_STEPS = 0.97, 20, 50
 EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 17, 128
