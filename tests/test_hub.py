@@ -10,7 +10,7 @@ import pytest
 from helpers import ROOT, run_python, subprocess_without_package
 from hub_stub import Hub, running_hub
 from huggingface_hub import ModelCard
-from test_remote_code import IN_THE_OTHER_PROCESS, rows
+from test_remote_code import CLASS_NAMES, IN_THE_OTHER_PROCESS, rows
 
 from hf_efficient.configuration.model_card import is_replaceable
 
@@ -88,6 +88,7 @@ def pinned(hub: Hub, *names: str) -> list[str]:
     return [f"{name}@{hub.repositories[name].head.id}" for name in names]
 
 
+@pytest.mark.matrix("Hub round trip", heads=CLASS_NAMES)
 def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
     with running_hub() as hub:
         writer, reader = (hub.environment(tmp_path / name) for name in ("writer", "reader"))
