@@ -103,13 +103,10 @@ class MatrixPage:
 def common_tests() -> dict[str, str]:
     """By model class: how many of transformers' common tests pass, as docs/conformance.md counts them."""
     cells = {}
-    for line in CONFORMANCE.read_text(encoding="utf-8").splitlines():
-        case, models, *counts = (
-            [value.strip() for value in line.strip("|").split("|")] if "Test |" in line else [""] * 2
-        )
+    row = r"^\| (\w+) \| (.*) \| \d+ \| (\d+) \| (\d+) \| (\d+) \|$"
+    for case, models, passing, skipped, failing in re.findall(row, CONFORMANCE.read_text(encoding="utf-8"), re.M):
+        text = f"{case}: {passing} pass, {skipped} skip" + (f", **{failing} fail**" if failing != "0" else "")
         for model in re.findall(r"`(\w+)`", models):
-            _, passing, skipped, failing = counts
-            text = f"{case}: {passing} pass, {skipped} skip" + (f", **{failing} fail**" if failing != "0" else "")
             cells[model] = "<br>".join(filter(None, [cells.get(model), text]))
     return cells
 
