@@ -19,13 +19,12 @@ Span lengths are in subwords. A byte tokenizer hides spans of about the same tex
 has 20 bytes for T5's 3 tokens, and so do we for all of them.
 """
 
-import hashlib
-import math
 from typing import NamedTuple
 
 import torch
+from block_draws import BlockDraws
 from torch import Tensor
-from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase, TrainerCallback
+from transformers import ByT5Tokenizer, DataCollatorForSeq2Seq, PreTrainedTokenizerBase
 
 
 BYTES_PER_SUBWORD = 20 / 3
@@ -143,35 +142,19 @@ class SpanCorruptionCollator:
     """Batches blocks `{"input_ids": [L]}` with holes; blocks that have labels keep theirs.
 
     Gives `input_ids` and `labels`, and an `attention_mask` where there is padding (labels are padded with -100).
-    The holes follow from the block, the seed and `epoch` (see `NewHolesEachEpoch`): they are the same whatever the
-    batches are, however many processes load them, and in a run that is resumed.
+    The holes are drawn by `draws`.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, corruptor: SpanCorruptor, seed: int = 0):
-        self.corruptor, self.seed, self.epoch = corruptor, seed, 0
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, corruptor: SpanCorruptor, draws: BlockDraws):
+        self.corruptor, self.draws = corruptor, draws
         self.pad = DataCollatorForSeq2Seq(tokenizer)
 
     def __call__(self, blocks: list[dict]) -> dict[str, Tensor]:
         if "labels" not in blocks[0]:
-            pairs = [self.corruptor(block["input_ids"], self.generator(block["input_ids"])) for block in blocks]
+            rows = [block["input_ids"] for block in blocks]
+            pairs = [self.corruptor(tokens, self.draws.generator(tokens)) for tokens in rows]
             blocks = [{"input_ids": inputs, "labels": target} for inputs, target, _ in pairs]
         batch = self.pad([{name: values.tolist() for name, values in block.items()} for block in blocks])
         if batch["attention_mask"].all():
             del batch["attention_mask"]  # a router that knows of no padding saves the work of looking for it
         return dict(batch)
-
-    def generator(self, tokens: Tensor) -> torch.Generator:
-        """What draws the holes of a block."""
-        digest = hashlib.blake2b(tokens.numpy().tobytes(), digest_size=7)
-        digest.update(f"{self.seed} {self.epoch}".encode())
-        return torch.Generator().manual_seed(int.from_bytes(digest.digest(), "big"))
-
-
-class NewHolesEachEpoch(TrainerCallback):
-    """Tells a collator which epoch it is."""
-
-    def __init__(self, collator: SpanCorruptionCollator):
-        self.collator = collator
-
-    def on_epoch_begin(self, args, state, control, **kwargs):
-        self.collator.epoch = math.floor((state.epoch or 0) + 1e-6)

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 import torch
+from block_draws import BlockDraws, NewDrawsEachEpoch
 from datasets import Dataset
 from held_out_metrics import HeldOutMetrics, row_totals
 from text_data import (
@@ -37,6 +38,7 @@ class LanguageModel(TrainingTask):
 
     def check(self, config):
         self.block_size = resolve_block_size(config, self.arguments.of(TextArguments).block_size)
+        self.draws = BlockDraws(self.arguments.training.seed)
 
     def load_processor(self):
         model = self.arguments.model
@@ -81,11 +83,12 @@ class LanguageModel(TrainingTask):
             data_collator=self.collator(processor),
             compute_metrics=None if evaluation is None else HeldOutMetrics(self.objective, evaluation, processor),
             preprocess_logits_for_metrics=row_totals(self.objective),
+            callbacks=(NewDrawsEachEpoch(self.draws),),
         )
 
     def collator(self, processor):
         """What batches blocks and makes their labels."""
-        return BlockCollator(processor, self.objective, self.mlm_probability)
+        return BlockCollator(processor, self.objective, self.mlm_probability, self.draws)
 
     def pack_held_out(self, documents: Dataset, processor, max_samples: int | None, options: dict) -> EvaluationBlocks:
         """Held-out blocks, at most `max_samples`; `options` are those of `tokenize_documents`."""

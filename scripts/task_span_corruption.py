@@ -4,7 +4,7 @@ from dataclasses import dataclass, field
 
 import torch
 from datasets import Dataset
-from span_corruption import UL2_DENOISERS, Denoiser, NewHolesEachEpoch, SpanCorruptionCollator, SpanCorruptor
+from span_corruption import UL2_DENOISERS, Denoiser, SpanCorruptionCollator, SpanCorruptor
 from task_language_model import LanguageModel
 from text_data import EVALUATION_SEED, EvaluationBlocks, limit_documents, token_stream, tokenize_documents
 from train_arguments import TextArguments
@@ -67,11 +67,7 @@ class SpanCorruption(LanguageModel):
         set_decoder_start(model, processor)
 
     def collator(self, processor):
-        return SpanCorruptionCollator(processor, self.corruptor, self.arguments.training.seed)
-
-    def load_data(self, model, processor):
-        data = super().load_data(model, processor)
-        return data._replace(callbacks=(NewHolesEachEpoch(data.data_collator),))
+        return SpanCorruptionCollator(processor, self.corruptor, self.draws)
 
     def pack_held_out(self, documents, processor, max_samples, options):
         return pack_held_out_spans(

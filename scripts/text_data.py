@@ -16,6 +16,7 @@ from typing import Literal, NamedTuple
 import numpy as np
 import pyarrow as pa
 import torch
+from block_draws import BlockDraws
 from datasets import Dataset, Features, List, Value
 from transformers import (
     AutoTokenizer,
@@ -279,13 +280,21 @@ class BlockCollator:
 
     Labels are the tokens themselves, separators included: `DataCollatorForLanguageModeling` would drop every
     separator where a tokenizer uses one token for both padding and the end of a document, and packed blocks hold no
-    padding. Masking is its work.
+    padding. Masking is its work, with the randomness of `draws`, which causal blocks do not need.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, objective: Objective, mlm_probability: float = 0.15):
+    def __init__(
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        objective: Objective,
+        mlm_probability: float = 0.15,
+        draws: BlockDraws | None = None,
+    ):
         self.special_ids = torch.tensor(sorted(tokenizer.all_special_ids))
+        self.draws = draws
         self.masking = None
         if objective == "masked":
+            assert draws is not None, "masked blocks need draws"
             self.masking = DataCollatorForLanguageModeling(tokenizer, mlm_probability=mlm_probability)
 
     def __call__(self, blocks: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
@@ -294,7 +303,12 @@ class BlockCollator:
         if self.masking is None:
             input_ids = torch.stack([block["input_ids"] for block in blocks])
             return {"input_ids": input_ids, "labels": input_ids.clone()}
-        batch = self.masking(
-            [{**block, "special_tokens_mask": torch.isin(block["input_ids"], self.special_ids)} for block in blocks]
-        )
-        return {"input_ids": batch["input_ids"], "labels": batch["labels"]}
+        masked = [self.mask(block["input_ids"]) for block in blocks]
+        inputs, labels = (torch.cat(rows) for rows in zip(*masked, strict=True))
+        return {"input_ids": inputs, "labels": labels}
+
+    def mask(self, tokens: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Inputs and labels `[1, L]` of one block `[L]`."""
+        self.masking.generator = self.draws.generator(tokens)
+        special = torch.isin(tokens, self.special_ids)
+        return self.masking.torch_mask_tokens(tokens[None].clone(), special_tokens_mask=special[None])

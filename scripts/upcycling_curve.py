@@ -16,10 +16,11 @@ from pathlib import Path
 
 import torch
 from benchmark_measure import ROOT, provenance
+from block_draws import BlockDraws, NewDrawsEachEpoch
 from datasets import Dataset
 from held_out_metrics import HeldOutMetrics, row_totals
 from muon_adamw import MuonAdamW
-from span_corruption import Denoiser, NewHolesEachEpoch, SpanCorruptionCollator, SpanCorruptor
+from span_corruption import Denoiser, SpanCorruptionCollator, SpanCorruptor
 from task_span_corruption import pack_held_out_spans
 from text_data import EvaluationBlocks, limit_documents, load_tokenizer, pack_for_training, tokenize_documents
 from text_sources import load_splits
@@ -62,7 +63,7 @@ class SpanData:
 
 def train(model: PreTrainedModel, data: SpanData, steps: int, eval_steps: int, seed: int, folder: str) -> dict:
     """Trains in place; {step: held-out bits per hidden byte}, from step 0 on."""
-    collator = SpanCorruptionCollator(data.tokenizer, data.corruptor, seed)
+    draws = BlockDraws(seed)
     trainer = Trainer(
         model=model,
         args=TrainingArguments(
@@ -85,8 +86,8 @@ def train(model: PreTrainedModel, data: SpanData, steps: int, eval_steps: int, s
         ),
         train_dataset=data.train,
         eval_dataset=data.held_out.blocks,
-        data_collator=collator,
-        callbacks=[NewHolesEachEpoch(collator)],
+        data_collator=SpanCorruptionCollator(data.tokenizer, data.corruptor, draws),
+        callbacks=[NewDrawsEachEpoch(draws)],
         compute_metrics=HeldOutMetrics("span_corruption", data.held_out, data.tokenizer),
         preprocess_logits_for_metrics=row_totals("span_corruption"),
         optimizers=(MuonAdamW(model, lr=LEARNING_RATE, matrix_lr=MATRIX_LEARNING_RATE), None),

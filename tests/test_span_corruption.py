@@ -11,6 +11,7 @@ from load_script import load_script
 from transformers import AutoTokenizer, ByT5Tokenizer
 
 
+block_draws = load_script("block_draws")
 span_corruption = load_script("span_corruption")
 train_tokenizer = load_script("train_tokenizer")
 
@@ -108,7 +109,8 @@ def test_ul2_mixes_its_denoisers_and_says_which():
 
 def test_collator_pads_and_leaves_out_a_mask_that_says_nothing():
     corrupt = span_corruption.SpanCorruptor(BYTES, (span_corruption.Denoiser(0.15, 3),))
-    collate = span_corruption.SpanCorruptionCollator(BYTES, corrupt)
+    draws = block_draws.BlockDraws()
+    collate = span_corruption.SpanCorruptionCollator(BYTES, corrupt, draws)
     block = {"input_ids": torch.arange(3, 103)}
     batch = collate([block, {"input_ids": torch.arange(4, 104)}])
     assert set(batch) == {"input_ids", "labels"} and batch["input_ids"].shape == (2, 100 - 15 + 1 + 1)
@@ -116,8 +118,8 @@ def test_collator_pads_and_leaves_out_a_mask_that_says_nothing():
     again = collate([{"input_ids": torch.arange(4, 104)}, block])
     assert torch.equal(batch["labels"], again["labels"].flip(0))
     assert not torch.equal(batch["labels"][0], batch["labels"][1] - 1)
-    collate.epoch = 1
-    other_seed = span_corruption.SpanCorruptionCollator(BYTES, corrupt, seed=1)
+    draws.epoch = 1
+    other_seed = span_corruption.SpanCorruptionCollator(BYTES, corrupt, block_draws.BlockDraws(1))
     for other in (collate, other_seed):
         assert not torch.equal(batch["labels"][:1], other([block])["labels"])
     batch = collate([block, {"input_ids": torch.arange(3, 63)}])

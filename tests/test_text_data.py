@@ -4,12 +4,14 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from datasets import Dataset
 from load_script import load_script
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, TrainerState
 
 
+block_draws = load_script("block_draws")
 text_sources = load_script("text_sources")
 text_data = load_script("text_data")
 
@@ -246,6 +248,29 @@ def test_collator_labels_every_token_even_where_padding_is_the_separator(pair_to
     batch = collate([text_data.pack_for_training(tokenized, 4)[index] for index in range(2)])
     assert batch["labels"].tolist() == batch["input_ids"].tolist()
     assert (batch["labels"] == pair_tokenizer.eos_token_id).any()
+
+
+def test_masks_are_the_blocks_own():
+    """The same in any batch, whatever torch's generator says; others in another epoch and by another seed."""
+    tokenizer = text_data.load_tokenizer(None, objective="masked")
+    blocks = [{"input_ids": torch.arange(3, 203)}, {"input_ids": torch.arange(4, 204)}, {"input_ids": torch.ones(200)}]
+    blocks[2]["input_ids"] = blocks[2]["input_ids"].long()  # separators alone: nothing to ask
+
+    def collate(blocks, seed=0, epoch=0):
+        draws = block_draws.BlockDraws(seed)
+        block_draws.NewDrawsEachEpoch(draws).on_epoch_begin(None, TrainerState(epoch=epoch), None)
+        return text_data.BlockCollator(tokenizer, "masked", 0.3, draws)(blocks)
+
+    batch, turned = collate(blocks), collate(blocks[::-1])
+    for name in ("input_ids", "labels"):
+        assert torch.equal(batch[name], turned[name].flip(0))
+        for other in ({"seed": 1}, {"epoch": 1}):
+            assert not torch.equal(batch[name], collate(blocks, **other)[name])
+        assert torch.equal(batch[name], collate(blocks, epoch=0.999)[name])  # resumed within the epoch
+    asked = batch["labels"] != text_data.IGNORED_LABEL
+    assert 0.2 < asked[:2].float().mean() < 0.4 and not asked[2].any()
+    assert torch.equal(batch["labels"][asked], torch.stack([block["input_ids"] for block in blocks])[asked])
+    assert blocks[0]["input_ids"].tolist() == list(range(3, 203))
 
 
 def test_tokenizers_that_cannot_serve(pair_tokenizer, tmp_path):

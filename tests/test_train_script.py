@@ -308,6 +308,18 @@ def test_killed_and_resumed_equals_uninterrupted(kind, corpus, tmp_path):
     assert_same_weights(tmp_path / "killed", tmp_path / "whole")
 
 
+def test_resumed_masks_are_those_of_the_uninterrupted_run(corpus, tmp_path):
+    """A mask is drawn while the model is still at the batch before, so not by what a checkpoint has the state of."""
+    words = ("--objective", "masked", "--save_steps", 3)
+    lines = {name: command("performer", corpus, tmp_path / name, *words) for name in ("whole", "parts")}
+    for line in lines.values():
+        train.main(line)
+    shutil.rmtree(tmp_path / "parts" / "checkpoint-6")
+    (tmp_path / "parts" / "model.safetensors").unlink()
+    train.main([*lines["parts"], "--resume_from_checkpoint", "True"])
+    assert_same_weights(tmp_path / "whole", tmp_path / "parts")
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(corpus, tmp_path):
     train.main(command("performer", corpus, tmp_path / "one", "--do_eval", steps=14))
