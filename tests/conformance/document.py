@@ -28,6 +28,8 @@ so is an entry whose test passes. "unless" names the machines where a test runs 
 22 of each class's passing tests (`get_*_features_*`) find nothing to test in a text model and pass all the same.
 
     pytest tests/conformance -n 2
+
+What else each model is held to is in [matrix.md](matrix.md).
 """
 
 ABSENT = """
