@@ -84,7 +84,7 @@ def test_a_checkpointed_layer_is_given_no_cache(head):
     inputs = {name: value for name, value in row.inputs().items() if name != "attention_mask"}
     cache = model(**inputs, use_cache=True).past_key_values
     seen = cache.get_seq_length()
-    model.activation_checkpointing_enable()
+    model.gradient_checkpointing_enable()
     model(**inputs, **row.labels(), past_key_values=cache).loss.backward()
     assert cache.get_seq_length() == seen
 
