@@ -50,7 +50,8 @@ class XTransformerConfig(XTransformerInputsConfig):
 
         embedding_size (`int`, *optional*): width of the token table, projected to `hidden_size` where it differs
             (arXiv 1909.11942).
-        type_vocab_size (`int`, defaults to 0): number of token type ids; 0 has no such embedding.
+        type_vocab_size (`int` or `list[int]`, defaults to 0): number of token type ids; 0 has no such embedding. A
+            list has one entry for each of several kinds of types, whose embeddings are summed.
         l2_normalize_embeddings (`bool`, defaults to `False`): rows of the token and learned position tables have norm
             1, and start near 0 (arXiv 1910.05895).
         embedding_norm (`bool`, defaults to `False`): LayerNorm on the sum of the embeddings (arXiv 2211.05100).
@@ -113,7 +114,8 @@ class XTransformerConfig(XTransformerInputsConfig):
         macaron (`bool`, defaults to `False`): a second feed-forward before the attention, each with factor 1/2
             (arXiv 1906.02762).
         sublayer_order (`str`, *optional*): self-attentions, cross-attentions and feed-forwards in an order of one's
-            own, such as `"aaafafff"` (arXiv 1911.03864). A block begins at each self-attention.
+            own, such as `"aaafafff"` (arXiv 1911.03864). A block begins at each self-attention; or, where there are
+            any, at each bar: `"a|f|af"`, so that layer_execution_order can repeat some branches without others.
         cross_attention_only (`bool`, defaults to `False`): blocks without self-attention, of an encoder with
             add_cross_attention: tokens that read another sequence and not each other.
         layer_execution_order (`list[int]`, *optional*): which block runs when, with repetitions: `[0] * 12` is one
@@ -233,7 +235,7 @@ class XTransformerConfig(XTransformerInputsConfig):
     max_position_embeddings: int = 8192
     # Embeddings
     embedding_size: int | None = None
-    type_vocab_size: int = 0
+    type_vocab_size: int | list[int] = 0
     l2_normalize_embeddings: bool = False
     embedding_norm: bool = False
     embedding_dropout: float | int = 0.0
@@ -372,6 +374,8 @@ class XTransformerConfig(XTransformerInputsConfig):
                 self.num_hidden_layers if self.layer_execution_order is None else max(self.layer_execution_order) + 1
             )
             return [block] * count
+        if "|" in self.sublayer_order:
+            return self.sublayer_order.split("|")
         first, *rest = self.sublayer_order.split("a")
         blocks = [f"a{branches}" for branches in rest]
         return [first + blocks[0], *blocks[1:]]
@@ -444,11 +448,20 @@ class XTransformerConfig(XTransformerInputsConfig):
         """This configuration: its own fields describe the decoder, whatever their prefixes."""
         return self
 
+    def _without_cross_attention(self, overrides: dict[str, Any] | None) -> dict[str, Any]:
+        changes = {**(overrides or {}), "is_decoder": False, "add_cross_attention": False}
+        if self.sublayer_order is not None and "sublayer_order" not in changes:
+            changes["sublayer_order"] = self.sublayer_order.replace("c", "")
+            if "" in changes["sublayer_order"].split("|"):
+                raise ValueError(
+                    f"sublayer_order={self.sublayer_order!r} has blocks that are no blocks without cross-attention: "
+                    "the encoder's sublayer_order must be given in its overrides"
+                )
+        return changes
+
     def encoder_config(self) -> "XTransformerConfig":
         """The configuration of the encoder of an encoder–decoder."""
-        changes = {**(self.encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
-        if self.sublayer_order is not None:
-            changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
+        changes = self._without_cross_attention(self.encoder_overrides)
         return part_of(self, DERIVED_FROM, **changes)
 
     def decoder_config(self) -> "XTransformerConfig":
@@ -457,9 +470,7 @@ class XTransformerConfig(XTransformerInputsConfig):
 
     def image_encoder_config(self) -> "XTransformerConfig":
         """The configuration of the image encoder of a model for images and text."""
-        changes = {**(self.image_encoder_overrides or {}), "is_decoder": False, "add_cross_attention": False}
-        if self.sublayer_order is not None:
-            changes.setdefault("sublayer_order", self.sublayer_order.replace("c", ""))
+        changes = self._without_cross_attention(self.image_encoder_overrides)
         # What only tokens have.
         changes = {"absolute_positions": None, "embedding_size": None, "type_vocab_size": 0, **changes}
         return part_of(self, DERIVED_FROM, **changes)

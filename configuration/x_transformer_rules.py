@@ -41,8 +41,11 @@ def check_sizes(config) -> None:
     check_at_least(config, 1, "head_dim", "value_head_dim", "embedding_size", "value_gate_rank", "qk_norm_groups")
     check_at_least(config, 1, "sliding_window", "dynamic_bias_depth", "xpos_scale_base")
     check_at_least(config, 1, "num_residual_streams", "sinkhorn_iterations")
-    check_at_least(config, 0, "type_vocab_size", "num_memory_tokens", "num_memory_key_values", "num_cls_tokens")
+    check_at_least(config, 0, "num_memory_tokens", "num_memory_key_values", "num_cls_tokens")
     check_at_least(config, 0, "mem_len")
+    types = config.type_vocab_size
+    if types < 0 if isinstance(types, int) else min(types, default=0) < 1:
+        raise ValueError(f"type_vocab_size must be at least 0, or a list of numbers of at least 1, got {types}")
     check_at_least(config, 0, "chunk_size_feed_forward", "sliding_window_ahead")
     for name in (
         "embedding_dropout", "attention_dropout", "attention_output_dropout", "feed_forward_dropout",
@@ -161,19 +164,22 @@ def check_layout(config) -> None:
             refuse(config, "cross_attention_only", "one stack with add_cross_attention=True", "else nothing is read")
     if config.sublayer_order is not None:
         order, crosses = config.sublayer_order, config.add_cross_attention or config.is_encoder_decoder
-        if "a" not in order or set(order) - set("afc") or ("c" in order) != crosses:
+        if "a" not in order or set(order) - set("afc|") or ("c" in order) != crosses:
             raise ValueError(
                 "sublayer_order must hold a and f, c exactly where there is cross-attention, and at least one "
                 f"'a', got {order!r}"
             )
-        if order.count("a") != config.num_hidden_layers and config.layer_execution_order is None:
+        if len(config.block_orders) != config.num_hidden_layers and config.layer_execution_order is None:
+            count = "bars and one block more" if "|" in order else "times 'a'"
             raise ValueError(
-                f"sublayer_order must have num_hidden_layers ({config.num_hidden_layers}) times 'a', got {order!r}"
+                f"sublayer_order must have num_hidden_layers ({config.num_hidden_layers}) {count}, got {order!r}"
             )
         if config.macaron:
             refuse(config, "macaron", "sublayer_order=None", "the order already says where feed-forwards stand")
         if any(block.count("c") > 1 for block in config.block_orders):
             raise ValueError(f"sublayer_order must have at most one 'c' after each 'a', got {order!r}")
+        if "|" in order:
+            check_split_blocks(config)
     order = config.layer_execution_order
     if order is not None:
         if len(order) != config.num_hidden_layers:
@@ -189,6 +195,25 @@ def check_layout(config) -> None:
     largest = (config.hidden_size - 1) // 2  # each shift takes a part of the channels
     check_each_branch(config, "shift_tokens", lambda shift: 0 <= shift <= largest, f"from 0 to {largest}")
     check_each_branch(config, "layerdrop", lambda share: 0 <= share < 1, "in [0, 1)")
+
+
+def check_split_blocks(config) -> None:
+    """Blocks that `sublayer_order` parts by bars, some of which lack self-attention."""
+    order, blocks = config.sublayer_order, config.block_orders
+    if not all(blocks) or any(block.count("a") > 1 for block in blocks):
+        raise ValueError(f"sublayer_order must have branches between its bars, at most one 'a' each, got {order!r}")
+    first = (config.layer_execution_order or [0])[0]
+    if "a" not in blocks[0] or not 0 <= first < len(blocks) or "a" not in blocks[first]:
+        raise ValueError(
+            f"sublayer_order must have an 'a' in its first block and in the one that runs first: a cache counts its "
+            f"tokens there; got {order!r} and layer_execution_order={config.layer_execution_order}"
+        )
+    if all("a" in block for block in blocks):
+        return
+    if config.mem_len:
+        refuse(config, "mem_len", "self-attention in every block", "a memory has the states before each")
+    if config.shifts_tokens:
+        refuse(config, "shift_tokens", "self-attention in every block", "its cache keeps the tokens before")
 
 
 def check_kind(config) -> None:

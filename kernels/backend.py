@@ -77,6 +77,11 @@ def _driver_problem() -> str | None:
     return None
 
 
+def in_function_transform() -> bool:
+    """Whether a transform of `torch.func` (`grad`, `vmap`, …) or forward-mode differentiation is at work."""
+    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
+
+
 def is_observed(*tensors: Tensor) -> bool:
     """Whether something looks on that has to see one operator where plain Python would compute with the numbers.
 
@@ -87,7 +92,7 @@ def is_observed(*tensors: Tensor) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._are_functorch_transforms_active()
+        or in_function_transform()
         or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
     )
 

@@ -146,7 +146,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             attention_mask: `[B, everything seen]`, 1 at real tokens and 0 at padding (on either side), or None.
             position_ids: `[B or 1, N]`; counted from each row's first real token if not given.
             past_key_values: a cache made with `DynamicCache(config=model.config)`; decoders only.
-            token_type_ids: `[B, N]`, if `config.type_vocab_size`.
+            token_type_ids: `[B, N]`, if `config.type_vocab_size`; `[B, N, kinds]` if that is a list.
             encoder_hidden_states: `[B, K, cross_attention_hidden_size]`, if `config.add_cross_attention`.
             encoder_attention_mask: `[B, K]`, as `attention_mask`.
             encoder_position_ids: `[B or 1, K]`, for rotary positions in cross-attention, which has none without.

@@ -36,6 +36,17 @@ class ScaledSinusoids(SinusoidalPositionEmbedding):
         return super().forward(position_ids).to(self.scale.dtype) * self.scale
 
 
+class TokenTypes(nn.ModuleList):
+    """Several kinds of token types: the sum of one embedding for each."""
+
+    def __init__(self, counts: list[int], size: int):
+        super().__init__(nn.Embedding(count, size) for count in counts)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """`[B, N, size]` for ids `[B, N, kinds]`."""
+        return sum(table(ids[..., kind]) for kind, table in enumerate(self))
+
+
 class XTransformerEmbeddings(nn.Module):
     """Everything between token embeddings and the first block, except the token table itself."""
 
@@ -48,7 +59,11 @@ class XTransformerEmbeddings(nn.Module):
             self.positions = table(config.max_position_embeddings, size)
         elif config.absolute_positions == "scaled_sinusoidal":
             self.positions = ScaledSinusoids(size)
-        self.token_types = nn.Embedding(config.type_vocab_size, size) if config.type_vocab_size else None
+        types = config.type_vocab_size
+        self.kinds_of_types = (len(types),) if isinstance(types, list) else ()
+        self.token_types = None
+        if types:
+            self.token_types = TokenTypes(types, size) if self.kinds_of_types else nn.Embedding(types, size)
         self.norm = layer_norm(config, size) if config.embedding_norm else nn.Identity()
         self.dropout = nn.Dropout(config.embedding_dropout)
         self.projection = nn.Linear(size, config.hidden_size) if size != config.hidden_size else nn.Identity()
@@ -62,14 +77,19 @@ class XTransformerEmbeddings(nn.Module):
     ) -> torch.Tensor:
         """`[B, P + N, hidden_size]` of `inputs_embeds` `[B, N, embedding_size]` and `position_ids` `[B or 1, N]`.
 
+        `token_type_ids` are `[B, N]`, `[B, N, kinds]` where there are several kinds, or zeros if not given.
         `prepend_embeds` `[B, P, embedding_size]` are put in front as they are: no position, type or norm.
         """
         hidden_states = inputs_embeds
         if self.positions is not None:
             hidden_states = hidden_states + self.positions(position_ids).to(hidden_states.dtype)
         if self.token_types is not None:
-            types = torch.zeros_like(position_ids) if token_type_ids is None else token_type_ids
-            hidden_states = hidden_states + self.token_types(types)
+            if token_type_ids is None:
+                token_type_ids = position_ids.new_zeros(*position_ids.shape, *self.kinds_of_types)
+            expected = (*inputs_embeds.shape[:2], *self.kinds_of_types)
+            if token_type_ids.shape[1:] != expected[1:] or token_type_ids.shape[0] not in (1, expected[0]):
+                raise ValueError(f"token_type_ids must have shape {expected}, got {tuple(token_type_ids.shape)}")
+            hidden_states = hidden_states + self.token_types(token_type_ids)
         hidden_states = self.norm(hidden_states)
         if prepend_embeds is not None:
             hidden_states = torch.cat([prepend_embeds.to(hidden_states.dtype), hidden_states], dim=1)

@@ -2,14 +2,16 @@
 
     python scripts/convert.py --source performer_pytorch --input model.pt --arguments arguments.json --output_dir out
     python scripts/convert.py --source flash_perceiver --input model.pt --arguments arguments.json --output_dir out
+    python scripts/convert.py --source x_transformers --input model.pt --arguments arguments.json --output_dir out
     python scripts/convert.py --source transformers --input bert-base-uncased --output_dir out
     python scripts/convert.py --source transformers --input deepmind/language-perceiver --output_dir out
     python scripts/convert.py --source transformers --input google/t5-v1_1-base --output_dir out
     python scripts/convert.py --source colt5_attention --input block.pt --arguments arguments.json --output_dir out
 
-performer_pytorch, flash_perceiver and colt5_attention take a state dict saved with torch.save (or safetensors) and a
-JSON object with the arguments that the model was constructed with; for the last two it names the "class" too, such as
-PerceiverIO or ConditionalRoutedViT. A block of colt5_attention, which is no model, becomes a folder for
+All but the last take a state dict saved with torch.save (or safetensors) and a JSON object with the arguments that the
+model was constructed with; for all but performer_pytorch it names the "class" too, such as PerceiverIO,
+ConditionalRoutedViT or TransformerWrapper, whose "attn_layers" holds the arguments and the "class" of its stack. A
+block of colt5_attention, which is no model, becomes a folder for
 hf_efficient.conversion.routed_block_files.load_routed_block. transformers takes a folder or a name on the Hub: a BERT,
 GPT-2 or Llama keeps its weights and gets linear attention, a Perceiver becomes a PerceiverFlash with the same results,
 a T5 v1.1 or LongT5 a CoLT5 whose heavy branch it is. Its tokenizer or image processor comes along.
@@ -46,19 +48,27 @@ from hf_efficient.conversion.transformers_perceiver import PERCEIVERS, convert_t
 from hf_efficient.conversion.upcycled_t5 import SOURCES as UPCYCLED
 from hf_efficient.conversion.upcycled_t5 import upcycle_t5
 from hf_efficient.conversion.weight_transfer import ConversionReport
+from hf_efficient.conversion.x_transformers import LATEST, convert_x_transformers
+from hf_efficient.conversion.x_transformers_continuous import convert_continuous
+from hf_efficient.conversion.x_transformers_images import convert_image_classifier
 
 
 # Under which people keep a state dict in a file that holds more than that.
 NESTED = ("state_dict", "model_state_dict", "model")
+Source = Literal["performer_pytorch", "flash_perceiver", "colt5_attention", "x_transformers", "transformers"]
+X_TRANSFORMERS = {
+    "TransformerWrapper": convert_x_transformers,
+    "XTransformer": convert_x_transformers,
+    "ViTransformerWrapper": convert_image_classifier,
+    "ContinuousTransformerWrapper": convert_continuous,
+}
 
 
 @dataclass
 class ConversionArguments:
     """What to convert, and where to."""
 
-    source: Literal["performer_pytorch", "flash_perceiver", "colt5_attention", "transformers"] = field(
-        metadata={"help": "Where the checkpoint comes from."}
-    )
+    source: Source = field(metadata={"help": "Where the checkpoint comes from."})
     input: str = field(metadata={"help": "A file with a state dict; transformers: a folder or a name on the Hub."})
     output_dir: str = field(metadata={"help": "Folder for the converted checkpoint, new or empty."})
     arguments: str | None = field(
@@ -66,6 +76,9 @@ class ConversionArguments:
     )
     rotary: bool = field(
         default=False, metadata={"help": "performer_pytorch: a bare Performer that is called with pos_emb."}
+    )
+    x_transformers_version: str = field(
+        default=LATEST, metadata={"help": "x_transformers: the release that trained the weights."}
     )
     layer_types: str = field(
         default="linear_attention",
@@ -83,8 +96,9 @@ class ConversionArguments:
 
     def __post_init__(self):
         own = {
-            "arguments": ("performer_pytorch", "flash_perceiver", "colt5_attention"),
+            "arguments": ("performer_pytorch", "flash_perceiver", "colt5_attention", "x_transformers"),
             "rotary": ("performer_pytorch",),
+            "x_transformers_version": ("x_transformers",),
             "layer_types": ("transformers",),
             "config_overrides": ("transformers",),
             "light_branch": ("transformers",),
@@ -263,6 +277,20 @@ def convert_routed_module(state: Mapping[str, torch.Tensor], arguments: dict, fo
     return report
 
 
+def convert_x_transformers_module(
+    state: Mapping[str, torch.Tensor], arguments: dict, version: str
+) -> tuple[PreTrainedModel, ConversionReport]:
+    """A module of x-transformers, by the "class" among its arguments.
+
+    Raises:
+        ValueError: none of the classes that can be converted.
+    """
+    name = arguments.pop("class", None)
+    if name not in X_TRANSFORMERS:
+        raise ValueError(f'--arguments must hold "class", one of {", ".join(X_TRANSFORMERS)}, got {name!r}')
+    return X_TRANSFORMERS[name](state, arguments, version=version)
+
+
 def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
     if options.source == "transformers":
         model, report = convert_original(options)
@@ -275,6 +303,8 @@ def convert(options: ConversionArguments, folder: Path) -> ConversionReport:
             return convert_routed_module(state, arguments, folder)
         if options.source == "performer_pytorch":
             model, report = convert_performer_pytorch(state, arguments, rotary=options.rotary)
+        elif options.source == "x_transformers":
+            model, report = convert_x_transformers_module(state, arguments, options.x_transformers_version)
         else:
             model, report = convert_flash_perceiver(state, arguments)
     model.save_pretrained(folder)

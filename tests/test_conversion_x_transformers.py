@@ -40,8 +40,9 @@ def test_the_same_logits(name, kind):
     module, arguments = original(kind, wrapper, layers)
     theirs, ours = {}, {}
     if "embed_num_tokens" in wrapper:
-        types = ids(seed=5) % 3
-        theirs, ours = {"embed_ids": {"type": types}}, {"token_type_ids": types}
+        types = {name: ids(seed=5 + count) % count for name, count in wrapper["embed_num_tokens"].items()}
+        theirs = {"embed_ids": types}
+        ours = {"token_type_ids": torch.stack(list(types.values()), -1) if len(types) > 1 else types["type"]}
     model, report = convert_x_transformers(module, arguments)
     assert isinstance(model, XTransformerForCausalLM if kind == "Decoder" else XTransformerForMaskedLM)
     expected = module(ids(), **theirs)

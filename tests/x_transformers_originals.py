@@ -51,6 +51,10 @@ LAYER_CASES = {
     "custom layers": {"custom_layers": ("a", "f", "f", "a"), "depth": None},
     "tied layers": {"weight_tie_layers": True},
     "execution order": {"layers_execute_order": (0, 1, 2, 3, 0, 1)},
+    "execution order of branches": {"layers_execute_order": (0, 1, 1, 2, 0, 3), "add_value_residual": True,
+                                    "rotary_pos_emb": True, "residual_attn": True},
+    "execution order of custom layers": {"custom_layers": ("a", "f", "f", "a"), "depth": None,
+                                         "layers_execute_order": (0, 2, 1, 1, 3)},
     "value residual": {"add_value_residual": True},
     "half value residual": {"add_value_residual": True, "learned_value_residual_mix": False},
     # attention
@@ -125,6 +129,7 @@ WRAPPER_CASES = {
     "memory tokens": {"num_memory_tokens": 3},
     "no positions": {"use_abs_pos_emb": False},
     "token types": {"embed_num_tokens": {"type": 3}},
+    "several token types": {"embed_num_tokens": {"type": 3, "speaker": 2}},
 }
 CASES = {name: ({}, layers) for name, layers in LAYER_CASES.items()}
 CASES |= {name: (wrapper, {}) for name, wrapper in WRAPPER_CASES.items()}

@@ -160,7 +160,7 @@ ACTIVATIONS = {"GELU": "gelu", "SiLU": "silu", "ReLU": "relu", "Sigmoid": "sigmo
 
 
 def _activation(value, flags) -> Fields:
-    name = type(value).__name__
+    name = value if isinstance(value, str) else type(value).__name__  # files hold names
     if name not in ACTIVATIONS:
         raise ConversionError(
             f"ff_custom_activation={value!r} has no counterpart: transformers knows {', '.join(ACTIVATIONS)}"
@@ -169,13 +169,18 @@ def _activation(value, flags) -> Fields:
 
 
 def _execution(value, flags) -> Fields:
-    """Indices of branches as indices of blocks, which is all that we repeat."""
-    size = len(_block(flags))
+    """Indices of branches: as indices of blocks where whole blocks run, else of blocks of one branch each."""
+    order, block = flags["custom_layers"], _block(flags)
+    for name in ("sandwich_coef", "par_ratio"):
+        if flags[name] is not None:
+            raise ConversionError(f"layers_execute_order={value!r} with {name}: use custom_layers for the order")
+    size = len(block)
     blocks = [value[i] // size for i in range(0, len(value), size)]
     whole = [index for block in blocks for index in range(block * size, (block + 1) * size)]
-    if list(value) != whole or flags["custom_layers"] is not None:
-        raise ConversionError(f"layers_execute_order={value!r} must run whole blocks of {size} branches")
-    return {"layer_execution_order": blocks, "num_hidden_layers": len(blocks)}
+    if order is None and list(value) == whole:
+        return {"layer_execution_order": blocks, "num_hidden_layers": len(blocks)}
+    branches = "|".join(order or block * flags["depth"])
+    return {"sublayer_order": branches, "layer_execution_order": list(value), "num_hidden_layers": len(value)}
 
 
 # `AttentionLayers`: Encoder, Decoder, PrefixDecoder
@@ -215,7 +220,8 @@ LAYER_FLAGS = (
     Flag("weight_tie_layers", False, "layer_execution_order=[0, 0, ...]", "x_transformer.py",
          lambda v, f: {"layer_execution_order": [0] * f["depth"]} if v else {}),
     Flag("custom_layers", None, "sublayer_order", LAYER, _order, takes_list=True),
-    Flag("layers_execute_order", None, "layer_execution_order", "x_transformer.py", _execution, takes_list=True),
+    Flag("layers_execute_order", None, "layer_execution_order, sublayer_order", "x_transformer.py", _execution,
+         takes_list=True),
     Flag("sandwich_coef", None, "sublayer_order", LAYER, _sandwich),
     Flag("par_ratio", None, "sublayer_order", LAYER, _par),
     Flag("residual_attn", False, "residual_attention", SOFTMAX, form="written out"),
@@ -339,7 +345,7 @@ WRAPPER_FLAGS = (
     Flag("scaled_sinu_pos_emb", False, "absolute_positions='scaled_sinusoidal'", INPUTS, _nothing),
     Flag("l2norm_embed", False, "l2_normalize_embeddings", INPUTS),
     Flag("embed_num_tokens", {}, "type_vocab_size", INPUTS,
-         lambda v, f: {"type_vocab_size": next(iter(v.values()))} if len(v) == 1 else _several_types(v)),
+         lambda v, f: {"type_vocab_size": list(v.values()) if len(v) > 1 else next(iter(v.values()))}),
     Flag("logits_dim", None, "num_labels (XTransformerForTokenClassification)", "x_transformer.py", _nothing),
     Flag("num_output_heads", 1, "num_labels (their heads one behind the other)", "x_transformer.py", _nothing),
     Flag("squeeze_out_last_dim", False, "(the last axis stays)", "x_transformer.py", _nothing),
@@ -362,10 +368,6 @@ WRAPPER_FLAGS = (
         }.items()
     ),
 )  # fmt: skip
-
-
-def _several_types(value):
-    raise ConversionError(f"embed_num_tokens={value!r}: one kind of token types has a counterpart, not several")
 
 
 def complete(table: tuple[Flag, ...], given: Mapping[str, Any], what: str) -> dict[str, Any]:

@@ -58,8 +58,9 @@ class StackWeights:
         elif config.absolute_positions == "scaled_sinusoidal":
             transfer.move(f"{target}embeddings.positions.scale", f"{source}pos_emb.scale")
         if config.type_vocab_size:
-            name = next(iter(wrapper["embed_num_tokens"]))
-            transfer.move(f"{target}embeddings.token_types.weight", f"{source}embeds.{name}_embed.weight")
+            for kind, name in enumerate(wrapper["embed_num_tokens"]):
+                table = f"token_types.{kind}" if isinstance(config.type_vocab_size, list) else "token_types"
+                transfer.move(f"{target}embeddings.{table}.weight", f"{source}embeds.{name}_embed.weight")
         if config.embedding_norm:
             self.layer_norm(f"{target}embeddings.norm", f"{source}post_emb_norm")
         if config.token_size != config.hidden_size:

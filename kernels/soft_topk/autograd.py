@@ -7,9 +7,8 @@ from contextlib import nullcontext
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..backend import is_observed
+from ..backend import in_function_transform, is_observed
 from ..custom_operator import custom_operator
 from .eager import descent_backward, descent_forward, exact_backward, exact_forward
 
@@ -58,7 +57,7 @@ def _(grad, logits, mask, pivot, offset, eps, backend):
 
 
 @custom_operator("soft_topk_descent")
-def soft_topk_descent(
+def soft_topk_descent_operator(
     logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Scores, indices and duals of logits `[R, N]`: see `eager.descent_forward`."""
@@ -68,7 +67,7 @@ def soft_topk_descent(
         )
 
 
-@soft_topk_descent.register_fake
+@soft_topk_descent_operator.register_fake
 def _(logits, k, mask, temperatures, num_selected, backend):
     duals = logits.new_empty(logits.shape[0], len(temperatures) - 1, dtype=torch.float64)
     return *_fake_outputs(logits, num_selected), duals
@@ -115,7 +114,8 @@ def _setup_exact(ctx, inputs, output):
 
 
 def _backward_of_exact(ctx, grad, *_):
-    grad_logits, grad_k = soft_topk_exact_backward(grad, *ctx.saved_tensors, ctx.eps, ctx.backend)
+    backward = _TransformedExactBackward.apply if in_function_transform() else soft_topk_exact_backward
+    grad_logits, grad_k = backward(grad, *ctx.saved_tensors, ctx.eps, ctx.backend)
     return grad_logits, grad_k, None, None, None, None
 
 
@@ -127,12 +127,87 @@ def _setup_descent(ctx, inputs, output):
 
 
 def _backward_of_descent(ctx, grad, *_):
-    grad_logits, grad_k = soft_topk_descent_backward(grad, *ctx.saved_tensors, ctx.temperatures, ctx.backend)
+    backward = _TransformedDescentBackward.apply if in_function_transform() else soft_topk_descent_backward
+    grad_logits, grad_k = backward(grad, *ctx.saved_tensors, ctx.temperatures, ctx.backend)
     return grad_logits, grad_k, None, None, None, None
 
 
 soft_topk_exact_operator.register_autograd(_backward_of_exact, setup_context=_setup_exact)
-soft_topk_descent.register_autograd(_backward_of_descent, setup_context=_setup_descent)
+soft_topk_descent_operator.register_autograd(_backward_of_descent, setup_context=_setup_descent)
+
+
+def _vmap_over_rows(operator) -> None:
+    """Rows are independent of each other: a batch of calls is one call with all their rows."""
+
+    def fold(info, in_dims, *inputs):
+        def rows_of(value, dim):
+            if not isinstance(value, Tensor):
+                return value
+            batched = value.expand(info.batch_size, *value.shape) if dim is None else value.movedim(dim, 0)
+            return batched.flatten(0, 1)
+
+        outputs = operator(*map(rows_of, inputs, in_dims))
+        calls = tuple(output.unflatten(0, (info.batch_size, len(output) // info.batch_size)) for output in outputs)
+        return calls, (0,) * len(calls)
+
+    operator.register_vmap(fold)
+
+
+for _operator in (
+    soft_topk_exact_operator,
+    soft_topk_exact_backward,
+    soft_topk_descent_operator,
+    soft_topk_descent_backward,
+):
+    _vmap_over_rows(_operator)
+
+
+def _setup_nothing(ctx, inputs, output):
+    """For a derivative that is refused."""
+
+
+def _refuse(ctx, *grads):
+    raise NotImplementedError("soft_topk has a first derivative only")
+
+
+# The operators once more for `torch.func`, which knows no derivatives that are registered with an operator. Their
+# arguments are written out and the operators named: torch.compile follows neither a star nor a closure here.
+
+
+class _TransformedExact(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_setup_exact), staticmethod(_backward_of_exact)
+
+    @staticmethod
+    def forward(logits, k, mask, eps, num_selected, backend):
+        return soft_topk_exact_operator(logits, k, mask, eps, num_selected, backend)
+
+
+class _TransformedExactBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_setup_nothing), staticmethod(_refuse)
+
+    @staticmethod
+    def forward(grad, logits, mask, pivot, offset, eps, backend):
+        return soft_topk_exact_backward(grad, logits, mask, pivot, offset, eps, backend)
+
+
+class _TransformedDescent(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_setup_descent), staticmethod(_backward_of_descent)
+
+    @staticmethod
+    def forward(logits, k, mask, temperatures, num_selected, backend):
+        return soft_topk_descent_operator(logits, k, mask, temperatures, num_selected, backend)
+
+
+class _TransformedDescentBackward(torch.autograd.Function):
+    generate_vmap_rule = True
+    setup_context, backward = staticmethod(_setup_nothing), staticmethod(_refuse)
+
+    @staticmethod
+    def forward(grad, logits, k, mask, duals, temperatures, backend):
+        return soft_topk_descent_backward(grad, logits, k, mask, duals, temperatures, backend)
 
 
 class _ExactFunction(torch.autograd.Function):
@@ -146,8 +221,9 @@ class _ExactFunction(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad, *_):
+        if torch.is_grad_enabled():  # to be differentiated again, which the operator refuses
+            return _backward_of_exact(ctx, grad)
         logits, *saved = ctx.saved_tensors
         with _no_autocast(logits):
             grad_logits, grad_k = exact_backward(grad, logits, *saved, ctx.eps)
@@ -159,6 +235,16 @@ def soft_topk_exact(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """As `soft_topk_exact_operator`, which in a short row takes a quarter of the time: left out where nobody looks."""
     inputs = (logits, k, mask, eps, num_selected, backend)
+    if in_function_transform():
+        return _TransformedExact.apply(*inputs)
     if backend == "triton" or is_observed(logits, k):
         return soft_topk_exact_operator(*inputs)
     return _ExactFunction.apply(*inputs)
+
+
+def soft_topk_descent(
+    logits: Tensor, k: Tensor, mask: Tensor | None, temperatures: list[float], num_selected: int, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    """As `soft_topk_descent_operator`, also inside `torch.func`."""
+    descend = _TransformedDescent.apply if in_function_transform() else soft_topk_descent_operator
+    return descend(logits, k, mask, temperatures, num_selected, backend)

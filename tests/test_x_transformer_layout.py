@@ -1,0 +1,63 @@
+"""Blocks of single branches, which can run more often than others, and several kinds of token types."""
+
+import pytest
+import torch
+from generation_models import decisive, tokens
+from transformers import DynamicCache
+from x_transformer_models import SIZES, VOCABULARY
+
+from hf_efficient import (
+    XTransformerConfig,
+    XTransformerForCausalLM,
+    XTransformerForConditionalGeneration,
+    XTransformerModel,
+)
+
+
+def make(model_class, **options):
+    torch.manual_seed(0)
+    return model_class(XTransformerConfig(**{**SIZES, **options})).eval()
+
+
+@torch.no_grad()
+def test_branches_that_run_twice_are_cached():
+    """Blocks of single branches: each step has a cache layer of its own, that of a feed-forward stays empty."""
+    order = {"sublayer_order": "a|f|af", "layer_execution_order": [0, 1, 1, 2, 0], "num_hidden_layers": 5}
+    model = decisive(make(XTransformerForCausalLM, **order, value_residual="learned", sliding_window=4))
+    assert len(model.model.layers) == 3 and model.config.execution_order == [0, 1, 1, 2, 0]
+    ids, cache = tokens(2, 9), DynamicCache(config=model.config)
+    expected = model(ids, use_cache=False).logits
+    parts = [model(part, past_key_values=cache, use_cache=True).logits for part in ids.split((4, 1, 3, 1), dim=1)]
+    torch.testing.assert_close(torch.cat(parts, dim=1), expected, rtol=1e-4, atol=1e-4)
+    for options in ({}, {"num_beams": 3}):
+        given = {"max_new_tokens": 6, "do_sample": False, "eos_token_id": None, **options}
+        assert torch.equal(model.generate(ids, **given), model.generate(ids, use_cache=False, **given))
+    # The second run of the feed-forward does something.
+    once = decisive(make(XTransformerForCausalLM, **{**order, "layer_execution_order": [0, 1, 2, 0],
+                                                     "num_hidden_layers": 4}, value_residual="learned",
+                         sliding_window=4))  # fmt: skip
+    once.load_state_dict(model.state_dict())
+    assert (once(ids).logits - expected).abs().max() > 1e-2
+
+
+def test_an_encoder_needs_blocks_that_stay_blocks_without_cross_attention():
+    options = {**SIZES, "is_encoder_decoder": True, "sublayer_order": "a|c|f", "num_hidden_layers": 3}
+    with pytest.raises(ValueError, match="no blocks without cross-attention: the encoder's sublayer_order"):
+        XTransformerForConditionalGeneration(XTransformerConfig(**options))
+    options |= {"encoder_overrides": {"sublayer_order": None, "num_hidden_layers": 1}}
+    model = XTransformerForConditionalGeneration(XTransformerConfig(**options))
+    assert model(tokens(2, 5), decoder_input_ids=tokens(2, 3)).logits.shape == (2, 3, VOCABULARY)
+
+
+@torch.no_grad()
+def test_several_kinds_of_token_types():
+    model = make(XTransformerModel, type_vocab_size=[3, 2])
+    ids, types = tokens(2, 5), torch.stack([tokens(2, 5) % 3, tokens(2, 5) % 2], dim=-1)
+    tables = model.embeddings.token_types
+    embeds = model.embed_tokens(ids) + tables[0](types[..., 0]) + tables[1](types[..., 1])
+    less = embeds - tables[0].weight[0] - tables[1].weight[0]  # zeros are taken where none are given
+    states = model(ids, token_type_ids=types).last_hidden_state
+    torch.testing.assert_close(states, model(inputs_embeds=less).last_hidden_state, rtol=1e-4, atol=1e-5)
+    assert (states - model(ids).last_hidden_state).abs().max() > 1e-3
+    with pytest.raises(ValueError, match=r"token_type_ids must have shape \(2, 5, 2\), got \(2, 5\)"):
+        model(ids, token_type_ids=types[..., 0])
