@@ -48,8 +48,8 @@ that is green stays green.
   the notes say which.
 
 A column's title leads to its tests. *transformers' tests* are counted by test class; [conformance.md](conformance.md)
-says why each one skips itself or fails. *Hub round trip* is one test for all heads: pushed, pulled by commit into an
-empty cache without hf_efficient, and equal to the bit, then once more offline.
+says why each one skips itself or fails. *remote code* and *Hub round trip* are tests of all heads at once: pushed,
+pulled by commit into an empty cache without hf_efficient, equal to the bit, then once more offline.
 """
 NOTES = """
 ## Why not everything is a yes
@@ -59,8 +59,9 @@ NOTES = """
 - transformers 5 has no pipeline for question answering, summarisation and translation any more, and none for time
   series; `CoLT5Model`, an encoder–decoder, gets no decoder inputs from the pipeline of features, as T5's does not.
 - *prompt lookup, assistant*: the latents of a Perceiver AR belong to one window, so tokens cannot be taken back.
-- *chunked prefill*: of an encoder–decoder's target transformers cuts the encoder's mask as well, which we refuse;
-  memory tokens that meet a bias, a window or a shift have to be reached by the first chunk.
+- *chunked prefill*: of an encoder–decoder's target transformers cuts the encoder's mask as well, which we refuse, but
+  for a known defect: where patches stand in front of the encoder's tokens they make up for what was cut. Memory tokens
+  that meet a bias, a window or a shift have to be reached by the first chunk.
 - *offloaded*: keys and values that grow are moved by CUDA streams, and transformers says that there is no CUDA; caches
   of constant size work anywhere.
 - *quantised*: transformers quantises the cache of decoders whose layers are all plain full attention.
