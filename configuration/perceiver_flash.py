@@ -270,6 +270,8 @@ class PerceiverFlashConfig(SelfContainedConfig):
         self._derive_heads("", "num_attention_heads", self.hidden_size)
         self._derive_heads("cross_", "num_cross_attention_heads", self.hidden_size)
         self._derive_heads("query_", "num_query_attention_heads", self.query_size)
+        self._check_heads("", "num_attention_heads", self.hidden_size)
+        self._check_heads("cross_", "num_cross_attention_heads", self.hidden_size)
         for name, width in (("", self.hidden_size), ("cross_", self.hidden_size), ("query_", self.query_size)):
             if getattr(self, f"{name}intermediate_size") is None:
                 setattr(self, f"{name}intermediate_size", 4 * width)
@@ -287,13 +289,17 @@ class PerceiverFlashConfig(SelfContainedConfig):
         heads = getattr(self, heads_name)
         if getattr(self, f"{name}head_dim") is None:
             if width % heads:
-                raise ValueError(
-                    f"{heads_name} must divide the width of its queries ({width}) unless {name}head_dim is given, got "
-                    f"{heads}"
-                )
+                return  # refused where such attention is built: few models have queries
             setattr(self, f"{name}head_dim", width // heads)
         if getattr(self, f"{name}value_head_dim") is None:
             setattr(self, f"{name}value_head_dim", getattr(self, f"{name}head_dim"))
+
+    def _check_heads(self, name: str, heads_name: str, width: int) -> None:
+        if getattr(self, f"{name}head_dim") is None:
+            raise ValueError(
+                f"{heads_name} must divide the width of its queries ({width}) unless {name}head_dim is given, got "
+                f"{getattr(self, heads_name)}"
+            )
 
     # What the models are built of
 
@@ -373,7 +379,12 @@ class PerceiverFlashConfig(SelfContainedConfig):
         return self._block("", self.hidden_size, None, self.num_attention_heads, **options)
 
     def query_block(self) -> PerceiverFlashBlock:
-        """The block in which queries read the latents."""
+        """The block in which queries read the latents.
+
+        Raises:
+            ValueError: the heads do not divide the queries.
+        """
+        self._check_heads("query_", "num_query_attention_heads", self.query_size)
         options = {"attention_bias": self.cross_attention_bias, "query_residual": self.query_residual}
         return self._block("query_", self.query_size, self.hidden_size, self.num_query_attention_heads, **options)
 
@@ -425,7 +436,7 @@ class PerceiverFlashConfig(SelfContainedConfig):
         for name in ("", "cross_", "query_"):
             self._check_at_least(1, f"{name}head_dim", f"{name}value_head_dim", f"{name}intermediate_size")
             turned, size = getattr(self, f"{name}rotary_dim"), getattr(self, f"{name}head_dim")
-            if turned % 2 or not 0 <= turned <= size:
+            if turned % 2 or turned < 0 or (size is not None and turned > size):
                 raise ValueError(f"{name}rotary_dim must be even and at most {name}head_dim ({size}), got {turned}")
         self._validate_inputs()
         if self.pooling == "concat" and (self.num_latents is None or self.latent_drop):

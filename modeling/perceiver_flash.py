@@ -91,7 +91,10 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         add_pooling_layer: whether `config.output_size` is that of `pooler_output`; a head has it for its own.
     """
 
-    _can_record_outputs = PerceiverFlashPreTrainedModel._can_record_outputs
+    # Not the block in which a query pools.
+    _can_record_outputs = PerceiverFlashPreTrainedModel._can_record_outputs | {
+        "hidden_states": OutputRecorder(PerceiverFlashLayer, layer_name="layers")
+    }
 
     def __init__(self, config: PerceiverFlashConfig, add_pooling_layer: bool = True):
         super().__init__(config)
@@ -116,8 +119,11 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         if config.final_norm:
             self.norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.pooler = None
-        if add_pooling_layer and config.output_size is not None and config.pooling != "query":
-            self.pooler = PerceiverFlashProjection(config, pooled_size(config), config.output_size)
+        if add_pooling_layer and config.output_size is not None:
+            if config.pooling == "query":
+                self.pooler = PerceiverFlashDecoder(config, 1, config.output_size)
+            else:
+                self.pooler = PerceiverFlashProjection(config, pooled_size(config), config.output_size)
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -232,7 +238,8 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         hidden_states = self.norm(self._run(latents, positions, contexts, None, None, kwargs))
         pooled = None
         if self.pooler is not None:
-            pooled = self.pooler(pool(hidden_states, config.pooling))
+            by_query = config.pooling == "query"
+            pooled = self.pooler(hidden_states)[:, 0] if by_query else self.pooler(pool(hidden_states, config.pooling))
         return PerceiverFlashModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
 
     def _with_zero_tokens(self, index, context):

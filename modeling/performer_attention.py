@@ -224,8 +224,18 @@ class PerformerAttention(_PerformerAttentionBase):
         value, sums_mask = self._mask_keys(value, mask)
         if self.feature_map == "no_projection" and not self.is_causal:
             key = _softmax_over_sequence(key, sums_mask)
+        # The cache owns its state, so a decoding step may overwrite it; not what a crop has to come back to.
+        in_place = layer is not None and layer.owns_state and query.shape[2] == 1 and not torch.is_grad_enabled()
         output, new_state = linear_attention(
-            query, key, value, feature_map, causal=self.is_causal, mask=sums_mask, state=state, backend=backend
+            query,
+            key,
+            value,
+            feature_map,
+            causal=self.is_causal,
+            mask=sums_mask,
+            state=state,
+            update_state_in_place=in_place,
+            backend=backend,
         )
         if layer is not None:
 

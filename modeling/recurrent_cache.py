@@ -44,6 +44,14 @@ class RecurrentStateLayer(StateLayer):
         """The state of the global heads, None before the first token."""
         return None if self.keys is None else LinearAttentionState(self.keys, self.values, self.log_scale)
 
+    @property
+    def owns_state(self) -> bool:
+        """Whether a step may overwrite the state: there is one, and no record that leads back to it."""
+        if self.keys is None or self.record_past or torch.compiler.is_compiling():
+            return False
+        # What inference mode made can be written to in inference mode only.
+        return torch.is_inference_mode_enabled() or not self.keys.is_inference()
+
     @state.setter
     def state(self, state: LinearAttentionState | None):
         self.keys, self.values, self.log_scale = (None, None, None) if state is None else state

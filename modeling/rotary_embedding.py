@@ -63,3 +63,14 @@ def rotate(states: torch.Tensor, tables: Tables) -> torch.Tensor:
     if size == states.shape[-1]:
         return apply_rotary(states, tables)
     return torch.cat([apply_rotary(states[..., :size], tables), states[..., size:]], dim=-1)
+
+
+def rotate_both(
+    query: torch.Tensor, key: torch.Tensor, tables: tuple[Tables, Tables]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """`query` `[B, H, N, D]` by the first tables, `key` `[B, G, M, D]` by the second."""
+    if tables[0] is tables[1] and query.shape[2] == key.shape[2] == 1:
+        # A step of decoding waits for the number of its operations.
+        turned = rotate(torch.cat([query, key], dim=1), tables[0])
+        return turned[:, : query.shape[1]], turned[:, query.shape[1] :]
+    return rotate(query, tables[0]), rotate(key, tables[1])

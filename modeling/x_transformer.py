@@ -37,6 +37,7 @@ from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, Token
 from .hyper_connections import join_streams, split_streams
 from .input_checks import can_look, check_attention_mask, check_inputs, check_positions
 from .norm_family import block_norm
+from .packed_rows import PackedRows
 from .padding import count_positions, real_tokens
 from .position_bias import make_position_bias
 from .prefix_cache import PrefixLayer  # noqa: F401  (registers itself with transformers)
@@ -136,6 +137,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         prepend_embeds: torch.Tensor | None = None,
         prepend_mask: torch.Tensor | None = None,
         keep_prepended: bool = False,
+        cu_seq_lens_q: torch.Tensor | None = None,
         use_cache: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> XTransformerModelOutput:
@@ -159,12 +161,26 @@ class XTransformerModel(XTransformerPreTrainedModel):
                 cache they count in the first call only; it needs `config.prepend_embeddings`.
             prepend_mask: `[B, P]`, 1 at those that count, or None if all do; to be given in every call.
             keep_prepended: return their states too, in front of the tokens': `[B, P + N, hidden_size]`.
+            cu_seq_lens_q: `[S + 1]`, int, where each of S sequences begins that stand in one row one behind the other,
+                and where the last one ends: each is computed by itself. `hidden_states` and `attentions` have a row
+                for each. Without masks, caches and whatever else belongs to a row.
             use_cache: return a cache (decoders only).
 
         Raises:
             ValueError: inputs of a wrong shape, ids or positions outside their tables, a cache of another model.
         """
         config = self.config
+        rows = None
+        if cu_seq_lens_q is not None:
+            of_rows = (attention_mask, past_key_values, encoder_hidden_states, segment_memory, prepend_embeds)
+            if any(value is not None for value in of_rows):
+                raise ValueError("cu_seq_lens_q parts a row of tokens alone: no mask, cache, memory or other sequence")
+            given = input_ids if inputs_embeds is None else inputs_embeds
+            rows, use_cache = PackedRows(cu_seq_lens_q, given.shape[1]), False
+            input_ids, inputs_embeds = rows.unpack("input_ids", input_ids), rows.unpack("inputs_embeds", inputs_embeds)
+            token_type_ids = rows.unpack("token_type_ids", token_type_ids)
+            position_ids = rows.unpack("position_ids", position_ids)
+            attention_mask = rows.mask.long()
         check_inputs(input_ids, inputs_embeds, self.embed_tokens)
         check_cache(past_key_values, config)
         if config.add_cross_attention and encoder_hidden_states is None:
@@ -235,7 +251,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         if carried.lse is not None:
             z_loss = config.attention_z_loss_coef * attention_z_loss(carried.lse, padding)
         return XTransformerModelOutput(
-            last_hidden_state=hidden_states,
+            last_hidden_state=hidden_states if rows is None else rows.pack(hidden_states),
             **{CACHE: past_key_values},
             segment_memory=remember(entered, segment_memory, config) if entered and is_first else None,
             attention_z_loss=z_loss,

@@ -9,7 +9,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention_gates import HeadGate, ValueGate
 from .query_key_norms import make_query_key_norms
-from .rotary_embedding import Tables, rotate
+from .rotary_embedding import Tables, rotate, rotate_both
 from .softmax_attention import Extras, Visibility, fused_attention, written_out_attention
 from .zero_linear import ZeroLinear
 
@@ -107,13 +107,8 @@ class XTransformerAttention(nn.Module):
             position_bias: gives the bias of the scores, see position_bias.py; or None.
             past_key_values: the cache, or None.
         """
-        query = self.split_heads(self.q_proj(hidden_states), self.head_dim)
-        if self.q_norm is not None:
-            query = self.q_norm(query)
-        if rotary is not None:
-            query = rotate(query, rotary[0])
-        key, value, raw_value = self._keys_and_values(
-            hidden_states if source is None else source, first_values, rotary, past_key_values, layer_idx
+        query, key, value, raw_value = self._project_in(
+            hidden_states, source, first_values, rotary, past_key_values, layer_idx
         )
         if visibility.key_mask is not None and visibility.key_mask.shape[1] != key.shape[2]:
             visibility = visibility._replace(key_mask=_fit(visibility.key_mask, key.shape[2]))
@@ -133,19 +128,23 @@ class XTransformerAttention(nn.Module):
         """`[B, N, H * D]` to `[B, H, N, D]`; tensor parallelism may have left fewer heads than the config says."""
         return states.unflatten(-1, (-1, size)).transpose(1, 2)
 
-    def _keys_and_values(self, source, first_values, rotary, past_key_values, layer_idx):
-        """Keys, values, and the values before they were mixed with those of the first block."""
+    def _project_in(self, hidden_states, source, first_values, rotary, past_key_values, layer_idx):
+        """Queries, keys, values, and the values before they were mixed with those of the first block."""
         cross, cache = self.is_cross_attention, past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
             if cross and past_key_values.is_updated.get(layer_idx):
                 layer = cache.layers[layer_idx]
-                return layer.keys, layer.values, layer.values
+                query = self._norm_query(self.q_proj(hidden_states))
+                query = query if rotary is None else rotate(query, rotary[0])
+                return query, layer.keys, layer.values, layer.values
+        source = hidden_states if source is None else source
+        query = self._norm_query(self.q_proj(hidden_states))
         key = self.split_heads(self.k_proj(source), self.head_dim)
         if self.k_norm is not None:
             key = self.k_norm(key)
         if rotary is not None:
-            key = rotate(key, rotary[1])
+            query, key = rotate_both(query, key, rotary)
         raw_value = value = self.split_heads(self.v_proj(source), self.value_head_dim)
         if self.mixes_values and first_values is not None:
             value = torch.lerp(first_values, value, self._value_share(source, value))
@@ -153,7 +152,11 @@ class XTransformerAttention(nn.Module):
             key, value = cache.update(key, value, layer_idx)
             if cross:
                 past_key_values.is_updated[layer_idx] = True
-        return key, value, raw_value
+        return query, key, value, raw_value
+
+    def _norm_query(self, projected: torch.Tensor) -> torch.Tensor:
+        query = self.split_heads(projected, self.head_dim)
+        return query if self.q_norm is None else self.q_norm(query)
 
     def _value_share(self, source, value):
         """How much of a block's own value stays: a number for each token and head, or one half."""

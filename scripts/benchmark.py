@@ -6,8 +6,9 @@
     python scripts/benchmark.py --report             the targets from the rows on disk, without measuring
     python scripts/benchmark.py --device cuda        the operations and models on a GPU (`make gpu` calls it)
 
-All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/: performer.csv,
-flash_attention.csv, soft_topk.csv, colt5.csv, perceiver_flash.csv, x_transformer.csv, and gpu.csv for those of a GPU.
+All providers run in one process, on the same tensors, in turns. Rows go to docs/benchmarks/ as they come:
+performer.csv, flash_attention.csv, soft_topk.csv, colt5.csv, perceiver_flash.csv, x_transformer.csv, and gpu.csv for
+those of a GPU.
 
 glibc returns every block above 32 MiB to the system when it is freed, so large intermediates are page-faulted anew at
 each use. That favours whoever allocates little, and users can switch it off; the attention rows are therefore measured
@@ -117,8 +118,8 @@ def measure_gpu(arguments) -> None:
     print(f"\n{len(rows)} rows in {output}")
 
 
-def measure(arguments) -> list[Row]:
-    """All rows of this process, which runs under one allocator setting."""
+def measure(arguments) -> None:
+    """All rows of this process, which runs under one allocator setting; written work by work, length by length."""
     from benchmark_colt5 import measure as measure_layers
     from benchmark_colt5 import measure_base
     from benchmark_colt5 import measure_operations as measure_layer_operations
@@ -129,10 +130,9 @@ def measure(arguments) -> list[Row]:
 
     torch.set_num_threads(arguments.threads)
     common = provenance(arguments.setting, arguments.threads)
-    rows = []
 
     def collect(new_rows):
-        rows.extend(complete(new_rows, common))
+        write_all(arguments.output, list(complete(new_rows, common)))
 
     quick = arguments.quick
     for part in ("causal", "bidirectional"):
@@ -161,7 +161,6 @@ def measure(arguments) -> list[Row]:
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
         if "decode" in arguments.only:
             collect(measure_decoding(arguments.contexts, arguments.repeats))
-    return rows
 
 
 def measure_perceivers(arguments, collect) -> None:
@@ -194,12 +193,12 @@ def measure_x_transformers(arguments, collect) -> None:
     collect(part.measure_generation(*(8, 8) if quick else (64, 256), repeats, peers=not quick))
 
 
-def run_setting(setting: str, partial: Path) -> list[Row]:
+def run_setting(setting: str, output: Path | None) -> None:
     """A fresh process per allocator setting, with the arguments of this one."""
-    command = [sys.executable, *sys.argv, "--setting", setting, "--output", str(partial)]
+    command = [sys.executable, *sys.argv, "--setting", setting]
+    command += [] if output is None else ["--output", str(output)]
     print(f"\nallocator: {setting}", flush=True)
     subprocess.run(command, env=os.environ | SETTINGS[setting], check=True)
-    return read_rows(partial)
 
 
 def read_rows(path: Path) -> list[Row]:
@@ -230,17 +229,11 @@ def output_of(row: Row) -> Path:
     return FOLDER / f"{next((name for name in OPERATION_FILES if row.name.startswith(name)), OTHER_FILE)}.csv"
 
 
-def write_all(output: Path | None, rows: list[Row]) -> list[Row]:
-    """Put new rows among the old ones, of `output` or else of the files they belong to; all rows of the files."""
-    found = []
+def write_all(output: Path | None, rows: list[Row]) -> None:
+    """Put new rows among the old ones, of `output` or else of the files they belong to."""
     for path in dict.fromkeys(output or output_of(row) for row in rows):
-        together = merged(
-            read_rows(path) if path.exists() else [], [r for r in rows if (output or output_of(r)) == path]
-        )
-        write_rows(path, together)
-        print(f"\n{len(together)} rows in {path}")
-        found += together
-    return found
+        new = [row for row in rows if (output or output_of(row)) == path]
+        write_rows(path, merged(read_rows(path) if path.exists() else [], new))
 
 
 def main():
@@ -249,28 +242,24 @@ def main():
         measure_gpu(arguments)
         return
     if arguments.setting:
-        write_rows(arguments.output, measure(arguments))
+        measure(arguments)
         return
-    if arguments.report:
-        files = [arguments.output or FOLDER / f"{name}.csv" for name in (OTHER_FILE, *OPERATION_FILES)]
-        rows = [row for file in dict.fromkeys(files) if file.exists() for row in read_rows(file)]
-    else:
+    output, throwaway = arguments.output, ROOT / ".cache/benchmark/quick.csv"
+    if not arguments.report:
         ops = list(dict.fromkeys(op for part in arguments.only for op in PARTS[part]))
         benchmark_gate.require_green(ops, quick=arguments.quick)
         if arguments.quick:
-            arguments.lengths, arguments.contexts = [64, 128], [16, 32]
             sys.argv += ["--lengths", "64", "128", "--contexts", "16", "32", "--repeats", "1"]
+            if output is None:
+                output = throwaway
+                output.parent.mkdir(parents=True, exist_ok=True)
+                output.unlink(missing_ok=True)
         # Only the attention rows have something to gain from a kept heap.
         attention = {"causal", "bidirectional"} & set(arguments.only)
-        settings = ["default"] + (["kept-heap"] if attention and not arguments.quick else [])
-        rows = []
-        partial = ROOT / ".cache/benchmark/partial.csv"
-        partial.parent.mkdir(parents=True, exist_ok=True)
-        for setting in settings:
-            rows += run_setting(setting, partial)
-        partial.unlink()
-        if arguments.output or not arguments.quick:
-            rows = write_all(arguments.output, rows)
+        for setting in ["default"] + (["kept-heap"] if attention and not arguments.quick else []):
+            run_setting(setting, output)
+    files = [output or FOLDER / f"{name}.csv" for name in (OTHER_FILE, *OPERATION_FILES)]
+    rows = [row for file in dict.fromkeys(files) if file.exists() for row in read_rows(file)]
     print("\n" + markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
 
 

@@ -27,6 +27,16 @@ LINEAR = {
     "memory keys": {"num_memory_key_values": 16},
     "grouped heads": {"num_key_value_heads": 1},
 }
+# What makes ours a Llama, weight for weight.
+LLAMA_OPTIONS = {
+    "norm_type": "rms_norm",
+    "gated_feed_forward": True,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "mlp_output_bias": False,
+    "intermediate_size": 8 * WIDTH // 3,
+}
+OURS_AS_LLAMA = "ours-as-llama"
 # A step of x-transformers that holds all scores needs 5 GB at 4,096 tokens.
 DENSE_LIMIT = 4096
 
@@ -65,7 +75,7 @@ def llama(length: int) -> nn.Module:
     config = LlamaConfig(
         vocab_size=VOCABULARY,
         hidden_size=WIDTH,
-        intermediate_size=8 * WIDTH // 3,
+        intermediate_size=LLAMA_OPTIONS["intermediate_size"],
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
         max_position_embeddings=length,
@@ -132,7 +142,7 @@ def measure_generation(prompt: int, new_tokens: int, repeats: int, peers: bool =
     """`generate` as a user calls it: greedy, cached, a prompt of random bytes, one row."""
     torch.manual_seed(0)
     tokens, room = torch.randint(VOCABULARY, (1, prompt)), prompt + new_tokens
-    models = {"ours": ours(room, {}), LLAMA: llama(room)}
+    models = {"ours": ours(room, {}), OURS_AS_LLAMA: ours(room, LLAMA_OPTIONS), LLAMA: llama(room)}
     if peers:
         models[PEER] = theirs(room, OPTIONS["plain"][1], flash=False)
     calls = {name: _generation(name, model.eval(), tokens, new_tokens) for name, model in models.items()}

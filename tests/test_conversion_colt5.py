@@ -134,6 +134,18 @@ def test_with_everything_routed_an_upcycled_t5_is_the_t5(options):
 
 
 @torch.no_grad()
+def test_without_a_start_token_decoding_starts_with_padding():
+    """A configuration that was not made from a checkpoint has none, and `generate` then wants it said."""
+    sizes = {name: value for name, value in SIZES.items() if name != "decoder_start_token_id"}
+    original = T5ForConditionalGeneration(T5Config(**sizes, pad_token_id=3)).eval()
+    model, _ = upcycle_t5(original, **EVERYTHING)
+    assert model.config.decoder_start_token_id == 3
+    ids = torch.randint(4, 61, (1, 12))
+    expected = original.generate(ids, max_new_tokens=4, do_sample=False, decoder_start_token_id=3)
+    assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False), expected)
+
+
+@torch.no_grad()
 def test_light_branches_may_start_as_copies():
     original = t5()
     model, _ = upcycle_t5(original, light="copy", num_light_attention_heads=2, light_intermediate_size=6)

@@ -122,6 +122,16 @@ def test_a_state_dict_inside_the_autoregressive_wrapper():
     torch.testing.assert_close(model(ids()).logits, module(ids()), rtol=0, atol=TOLERANCE)
 
 
+@torch.no_grad()
+def test_packing_is_no_matter_of_weights():
+    """The original packs with flash-attn, on a GPU; here the same weights take packed rows anywhere."""
+    module, arguments = original("Decoder", {}, {"rotary_pos_emb": True})
+    layers = {**arguments["attn_layers"], "attn_flash": True, "attn_flash_pack_seq": True}
+    model, _ = convert_x_transformers(module.state_dict(), {**arguments, "attn_layers": layers})
+    packed = model(ids().view(1, -1), cu_seq_lens_q=torch.tensor([0, LENGTH, 2 * LENGTH])).logits
+    torch.testing.assert_close(packed.view(2, LENGTH, -1), module(ids()), rtol=0, atol=TOLERANCE)
+
+
 OUTPUTS = {
     "width": ({"logits_dim": 5}, torch.Tensor),
     "several heads": ({"num_output_heads": 2, "logits_dim": 3}, tuple),
@@ -223,6 +233,7 @@ def test_every_flag_that_converts_is_in_a_case():
                   if flag.where and not flag.refused and flag.default is not REQUIRED}  # fmt: skip
     without = {"cross_attend", "only_cross", "cross_attn_tokens_dropout", "cross_attn_dim_context"}
     without |= {"return_only_embed", *(name for wrapper, _ in OUTPUTS.values() for name in wrapper)}
+    without |= {"attn_flash_pack_seq"}  # the original needs a GPU for it: see test_x_transformer_layout.py
     without |= {"max_mem_len", *(name for wrapper in POOLED.values() for name in wrapper)}  # the first: see the memory
     assert open_flags - used - without == set()
 

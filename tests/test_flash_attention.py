@@ -30,8 +30,12 @@ def test_reference_is_the_formula(combination, sizes):
         assert_same(got, want, name)
 
 
+THOROUGHLY = ("plain", "decoder with dropout", "encoder")
+
+
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_reference_gradcheck(combination):
+    """Every entry of the Jacobian where all options meet; elsewhere its product with a random vector on either side."""
     call = make_call(combination, 5, 6, dtype=torch.float64)
     leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE if name in call}
 
@@ -39,7 +43,7 @@ def test_reference_gradcheck(combination):
         output, lse = flash_attention_reference(*operands_of(**call | dict(zip(leaves, tensors, strict=True))))
         return output, lse.masked_fill(lse == -torch.inf, 0)
 
-    assert gradcheck(run, tuple(leaves.values()))
+    assert gradcheck(run, tuple(leaves.values()), fast_mode=combination not in THOROUGHLY)
 
 
 @pytest.mark.parametrize("combination", COMBINATIONS)

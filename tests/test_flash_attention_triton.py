@@ -37,7 +37,7 @@ def two_heads(monkeypatch):
 
 @pytest.mark.parametrize("combination", [name for name in COMBINATIONS if name not in REPEATED])
 def test_kernels_are_the_definition(combination, nan_poisoned):
-    assert_equals_the_definition(call_of(combination, 33, 36))
+    assert_equals_the_definition(call_of(combination, 20, 36))
 
 
 @pytest.mark.parametrize("combination", ["plain", "window ahead", "decoder"])
@@ -45,7 +45,7 @@ def test_half_precision(combination, nan_poisoned):
     assert_equals_the_definition(call_of(combination, 20, 36, torch.float16))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1), (1, 50), (40, 1), (16, 32), (17, 0)], ids=str)
+@pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (20, 1), (16, 32), (17, 0)], ids=str)
 @pytest.mark.parametrize("combination", ["causal window distance bias", "memory"])
 def test_lengths(combination, sizes, nan_poisoned):
     assert_equals_the_definition(call_of(combination, *sizes))
@@ -58,6 +58,7 @@ def test_rows_of_memory_keys_are_shared_by_several_programs(nan_poisoned):
 
 @pytest.mark.parametrize("key_heads", [2, 4])
 def test_key_heads(key_heads, nan_poisoned, monkeypatch):
+    monkeypatch.setattr("flash_attention_cases.BATCH", 1)
     monkeypatch.setattr("flash_attention_cases.HEADS", 4)
     monkeypatch.setattr("flash_attention_cases.KEY_HEADS", key_heads)
     assert_equals_the_definition(call_of("decoder", 17, 18, key_heads=key_heads))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from generation_models import decisive, tokens
-from transformers import DynamicCache
+from transformers import DataCollatorWithFlattening, DynamicCache
 from x_transformer_models import SIZES, VOCABULARY
 
 from hf_efficient import (
@@ -61,3 +61,33 @@ def test_several_kinds_of_token_types():
     assert (states - model(ids).last_hidden_state).abs().max() > 1e-3
     with pytest.raises(ValueError, match=r"token_type_ids must have shape \(2, 5, 2\), got \(2, 5\)"):
         model(ids, token_type_ids=types[..., 0])
+
+
+@pytest.mark.parametrize(
+    "options", [{}, {"num_memory_tokens": 2, "shift_tokens": 1}, {"absolute_positions": "learned"}]
+)
+def test_packed_sequences_are_the_sequences(options):
+    """Logits, loss and gradients, as DataCollatorWithFlattening packs them; nothing crosses a border."""
+    model = make(XTransformerForCausalLM, **options).train()
+    parts = [tokens(1, length) for length in (5, 9, 1, 4)]
+    collator = DataCollatorWithFlattening(return_flash_attn_kwargs=True)
+    batch = collator([{"input_ids": part[0].tolist()} for part in parts])
+    packed = model(**batch)
+    separate = [model(part).logits for part in parts]
+    torch.testing.assert_close(packed.logits, torch.cat(separate, dim=1), rtol=1e-4, atol=1e-4)
+    logits = torch.cat([found[0, :-1] for found in separate])
+    expected = torch.nn.functional.cross_entropy(logits, torch.cat([part[0, 1:] for part in parts]))
+    torch.testing.assert_close(packed.loss, expected, rtol=1e-5, atol=1e-5)
+    for found, wanted in zip(
+        *(torch.autograd.grad(loss, list(model.parameters())) for loss in (packed.loss, expected)), strict=True
+    ):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-5)
+    ids, borders = batch["input_ids"], batch["cu_seq_lens_q"]
+    for more, message in (
+        ({"attention_mask": torch.ones_like(ids)}, "parts a row of tokens alone"),
+        ({"cu_seq_lens_q": borders[:-1]}, "must lead from 0 to the length 19"),
+        ({"cu_seq_lens_q": borders.flip(0)}, "must be rising numbers"),
+        ({"input_ids": ids.expand(2, -1)}, "must be one row where cu_seq_lens_q is given, got 2 rows"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**{"input_ids": ids, "cu_seq_lens_q": borders, **more})

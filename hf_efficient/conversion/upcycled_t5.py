@@ -81,6 +81,8 @@ def upcycle_t5(
 
 
 def _fields(source) -> dict[str, Any]:
+    # Configurations that were not made from a checkpoint lack it; T5 starts with padding.
+    start = getattr(source, "decoder_start_token_id", None)
     return {
         "vocab_size": source.vocab_size,
         "hidden_size": source.d_model,
@@ -102,9 +104,7 @@ def _fields(source) -> dict[str, Any]:
         "tie_word_embeddings": False,
         "pad_token_id": source.pad_token_id,
         "eos_token_id": source.eos_token_id,
-        "decoder_start_token_id": source.decoder_start_token_id
-        if source.decoder_start_token_id is not None
-        else source.pad_token_id,
+        "decoder_start_token_id": source.pad_token_id if start is None else start,
     }
 
 

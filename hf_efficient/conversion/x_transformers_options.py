@@ -49,7 +49,7 @@ class Flag:
         if self.refused and value != self.default:
             raise ConversionError(f"{self.name}={value!r} has no counterpart: {self.refused}")
         if isinstance(value, (tuple, list)) and not self.takes_list:
-            raise ConversionError(f"{self.name}={value!r}: a value for each layer has no counterpart")
+            raise ConversionError(f"{self.name}={value!r}: a value for each layer has no counterpart (all are alike)")
         if self.convert is not None:
             return self.convert(value, flags)
         return {self.fields: value} if self.fields else {}
@@ -255,10 +255,11 @@ LAYER_FLAGS = (
             "dim_condition": None, "adaptive_condition_mlp": False, "rotate_num_heads": None, "polar_pos_emb": False,
             "attn_aggregated_residuals": False, "orthog_residual": False, "mv_split_residual": False,
             "gated_multi_residual": False, "depth_scale_residual": False, "unet_skips": False,
-            "integrate_layers": False, "qkv_receive_diff_residuals": False, "reinject_input": False,
+            "integrate_layers": False, "reinject_input": False,
             "learned_reinject_input_gate": False, "rel_pos_kwargs": {}, "residual_fn_kwargs": {},
         }.items()
     ),
+    Flag("qkv_receive_diff_residuals", False, refused="it belongs to num_residual_streams"),
     Flag("num_residual_streams", 1, refused="since 2.14.1 its hyper-connections add all streams up, as no paper does"),
     # Attention
     Flag("attn_dim_head", 64, "head_dim", ATTENTION),
@@ -304,9 +305,10 @@ LAYER_FLAGS = (
             "data_dependent_alibi": False, "use_rel_proj_pos_bias": False, "use_cope": False,
             "orthog_projected_values": False, "orthog_projected_values_per_head": False, "laser": False,
             "project_out": None, "use_latent_q": False, "use_latent_kv": False, "inverted_attention": False,
-            "flash_pack_seq": False, "dim_context": None,
+            "dim_context": None,
         }.items()
     ),
+    Flag("attn_flash_pack_seq", False, "(cu_seq_lens_q of forward)", "packed_rows.py", _nothing, cached="no: one row"),
     Flag("cross_attn_dim_context", None, "cross_attention_hidden_size", ATTENTION),
     # Feed-forward
     Flag("ff_mult", 4, "intermediate_size", MLP, lambda v, f: {"intermediate_size": int(f["dim"] * v)}),

@@ -97,7 +97,7 @@ def linear_attention(
     else:
         autocast = torch.is_autocast_enabled(query.device.type)
         with torch.autocast(query.device.type, enabled=False) if autocast else nullcontext():
-            output, new_state = step(query, key, value, feature_map, mask, state)
+            output, new_state = step(query, key, value, feature_map, mask, state, update_state_in_place)
     if update_state_in_place:
         for part, new_part in zip(state, new_state, strict=True):
             if part is not new_part:

@@ -15,6 +15,7 @@ row. Tensors here are flat over batch and heads (B·H first), in the computation
 from typing import NamedTuple
 
 import torch
+import torch.nn.functional as F
 
 from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
@@ -314,8 +315,11 @@ def bidirectional_backward(
     return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
 
 
-def step(query, key, value, feature_map, mask, state):
-    """One causal token, all shapes `[B, H, 1, ·]`: output and new state. The decode path: few, small operations."""
+def step(query, key, value, feature_map, mask, state, in_place: bool = False):
+    """One causal token, all shapes `[B, H, 1, ·]`: output and new state. The decode path: few, small operations.
+
+    With `in_place` the new state is in the tensors of `state`: no second state is allocated and read back.
+    """
     dtype = state.key_value.dtype
     value = value.to(dtype)
     if mask is not None:
@@ -327,19 +331,23 @@ def step(query, key, value, feature_map, mask, state):
     maximum = torch.maximum(log_scale, state.log_scale)
     k = k * torch.exp(log_scale - maximum).unsqueeze(-1).unsqueeze(-1)
     key_value, key_sum = state.key_value, state.key_sum
+    stores = (key_value, key_sum) if in_place else (None, None)
     # The maximum rarely moves after the first tokens. Looking is free on a CPU, and saves a pass over the state.
     if torch.compiler.is_compiling() or maximum.device.type != "cpu" or not torch.equal(maximum, state.log_scale):
         decay = torch.exp(state.log_scale - maximum).unsqueeze(-1)
-        key_value, key_sum = key_value * decay.unsqueeze(-1), key_sum * decay
-    key_value = torch.addcmul(key_value, k.mT, value)
-    key_sum = key_sum + k.squeeze(-2)
+        key_value = torch.mul(key_value, decay.unsqueeze(-1), out=stores[0])
+        key_sum = torch.mul(key_sum, decay, out=stores[1])
+        if in_place:
+            state.log_scale.copy_(maximum)
+    key_value = torch.addcmul(key_value, k.mT, value, out=stores[0])
+    key_sum = torch.add(key_sum, k.squeeze(-2), out=stores[1])
     denominator = torch.matmul(q, key_sum.unsqueeze(-1))
     if feature_map.function == EXPONENTIAL:
         denominator.clamp_(min=torch.finfo(dtype).tiny)  # positive, unless there is no key and the numerator is 0
     else:
         denominator.masked_fill_(denominator == 0, 1)
     output = torch.matmul(q, key_value).div_(denominator)
-    return output.to(query.dtype), LinearAttentionState(key_value, key_sum, maximum)
+    return output.to(query.dtype), state if in_place else LinearAttentionState(key_value, key_sum, maximum)
 
 
 def _token_features(both, feature_map):
@@ -351,7 +359,9 @@ def _token_features(both, feature_map):
         q, k = _features(both, feature_map, is_key=False).values.unbind()
         return q, k, k.new_zeros(k.shape[:2])
     rows = both if feature_map.scale == 1 else both * feature_map.scale
-    logits = project(rows, feature_map._replace(scale=1.0))
+    logits = rows if feature_map.projection is None else F.linear(rows, feature_map.projection)
+    if feature_map.bias is not None:
+        logits = logits + feature_map.bias
     features = torch.log_softmax(logits, dim=-1)
     log_scale = logits.select(-1, 0) - features.select(-1, 0)
     if feature_map.subtract_norm:

@@ -2,6 +2,7 @@
 
 import unittest
 
+import pytest
 import torch
 
 from hf_efficient import (
@@ -16,7 +17,9 @@ from hf_efficient import (
 )
 from hf_efficient.modeling.colt5_stacks import CoLT5CausalDecoder
 
+from .distributed_testing_utils import run_distributed
 from .harness import CausalTests, CommonTests, EncoderDecoderTester, GenerativeTests, TextTester
+from .parallel_ranks import check_rank
 
 
 SIZES = {
@@ -44,6 +47,15 @@ class CoLT5EncoderDecoderTest(GenerativeTests, unittest.TestCase):
     tester = ConditionalGenerationTester
     has_attentions = False  # no branch ever forms the matrix of attention weights
     is_encoder_decoder = True
+
+
+@pytest.mark.slow
+def test_two_ranks_of_the_encoder_decoder_equal_one(tmp_path):
+    """The mixins call causal models only; these are the parts of them that an encoder–decoder can go through."""
+    torch.manual_seed(0)
+    model = CoLT5ForConditionalGeneration(ConditionalGenerationTester().get_config())
+    model.save_pretrained(tmp_path)
+    run_distributed(world_size=2)(check_rank)(str(tmp_path), CoLT5ForConditionalGeneration, 1e-5)
 
 
 class EncoderTester(TextTester):
