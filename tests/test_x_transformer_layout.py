@@ -10,6 +10,7 @@ from hf_efficient import (
     XTransformerConfig,
     XTransformerForCausalLM,
     XTransformerForConditionalGeneration,
+    XTransformerForMaskedLM,
     XTransformerModel,
 )
 
@@ -91,3 +92,14 @@ def test_packed_sequences_are_the_sequences(options):
     ):
         with pytest.raises(ValueError, match=message):
             model(**{"input_ids": ids, "cu_seq_lens_q": borders, **more})
+
+
+@torch.no_grad()
+def test_packed_sequences_of_an_encoder():
+    """Here the tokens before padding would see it."""
+    model = make(XTransformerForMaskedLM, type_vocab_size=2)
+    parts, borders = [tokens(1, length) for length in (5, 9, 1)], torch.tensor([0, 5, 14, 15])
+    ids = torch.cat(parts, dim=1)
+    packed = model(ids, token_type_ids=ids % 2, cu_seq_lens_q=borders).logits
+    separate = [model(part, token_type_ids=part % 2).logits for part in parts]
+    torch.testing.assert_close(packed, torch.cat(separate, dim=1), rtol=1e-4, atol=1e-4)
