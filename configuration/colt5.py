@@ -95,7 +95,6 @@ class CoLT5Config(SelfContainedConfig):
 }
 """,
     )
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size", "encoder_layers": "num_hidden_layers"}
     # The feed-forwards, five sixths of a layer's weights and work. Attention stays whole: its heads share position
     # biases, and each set of routed keys has heads of its own.

@@ -166,7 +166,6 @@ class PerceiverFlashConfig(SelfContainedConfig):
 }
 """,
     )
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_latents": "hidden_size"}
     base_model_tp_plan = {
         "layers.*.attention.q_proj": "colwise",

@@ -22,6 +22,7 @@ class SelfContainedConfig(DescribesItself, PreTrainedConfig):
     where there is none."""
 
     architecture_facts: ClassVar[ArchitectureFacts | None] = None
+    keys_to_ignore_at_inference = ["past_key_values", "cache"]  # a cache, before and from transformers 5.24
 
     def save_pretrained(self, save_directory, push_to_hub=False, **kwargs):
         package, in_package, _ = __name__.rpartition(".configuration.")

@@ -212,7 +212,6 @@ class XTransformerConfig(XTransformerInputsConfig):
 }
 """,
     )
-    keys_to_ignore_at_inference = ["past_key_values"]
     attribute_map = {"d_model": "hidden_size"}
     base_model_tp_plan = {
         "layers.*.self_attn.q_proj": "colwise",

@@ -8,6 +8,7 @@ from safetensors import SafetensorError
 from transformers.modeling_utils import PreTrainedModel
 
 from ..configuration.model_card import DescribesItself
+from .cache_name import CACHE
 
 
 class CheckedPreTrainedModel(DescribesItself, PreTrainedModel):
@@ -19,7 +20,7 @@ class CheckedPreTrainedModel(DescribesItself, PreTrainedModel):
 
     base_model_prefix = "model"
     supports_gradient_checkpointing = True
-    _skip_keys_device_placement = ["past_key_values"]
+    _skip_keys_device_placement = [CACHE]
 
     def init_parallel_plans(self) -> None:
         """A configuration's plans name all that its models may have; keep the entries for what this model has."""

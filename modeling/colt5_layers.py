@@ -9,6 +9,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from ..configuration.colt5 import CoLT5Config
 from ..kernels.flash_attention import flash_attention
+from .cache_name import takes_cache
 from .causal_router import CausalTokenRouter
 from .feed_forward import FeedForward
 from .norms import make_norm
@@ -104,6 +105,7 @@ class CoLT5CausalLayer(GradientCheckpointingLayer):
         self.mlp = RoutedFeedForward(config.hidden_size, router_class=router_class, **feed_forward_options(config))
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,
@@ -219,6 +221,7 @@ class CoLT5DecoderLayer(GradientCheckpointingLayer):
         )
         self.dropout = nn.Dropout(config.dropout_rate)
 
+    @takes_cache
     def forward(
         self,
         hidden_states: Tensor,

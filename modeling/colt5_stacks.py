@@ -13,6 +13,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.colt5 import CoLT5Config
+from .cache_name import CACHE
 from .checked_model import CheckedPreTrainedModel
 from .colt5_layers import CoLT5CausalLayer, CoLT5DecoderLayer, CoLT5EncoderLayer
 from .heavy_attention import HeavyAttention
@@ -192,10 +193,10 @@ class CoLT5Decoder(CoLT5PreTrainedModel):
                 mask,
                 encoder_mask,
                 distance_bias,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
             )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.dropout(self.norm(hidden_states)), past_key_values=past_key_values
+            last_hidden_state=self.dropout(self.norm(hidden_states)), **{CACHE: past_key_values}
         )
 
 
@@ -234,7 +235,7 @@ class CoLT5CausalDecoder(RoutedStack):
         hidden_states = self.dropout(inputs_embeds)
         light_bias, heavy_bias = self.biases()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, mask, light_bias, heavy_bias, past_key_values=past_key_values)
+            hidden_states = layer(hidden_states, mask, light_bias, heavy_bias, **{CACHE: past_key_values})
         return RoutedModelOutputWithPast(
-            last_hidden_state=self.dropout(self.norm(hidden_states)), past_key_values=past_key_values
+            last_hidden_state=self.dropout(self.norm(hidden_states)), **{CACHE: past_key_values}
         )

@@ -11,6 +11,7 @@ from transformers.loss.loss_utils import ForMaskedLMLoss
 from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2SeqModelOutput
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache_name import CACHE, takes_cache
 from .heads import LanguageModelHead
 from .shifted_labels import shift_labels_right
 
@@ -27,6 +28,7 @@ class EncoderDecoderBody:
     def set_input_embeddings(self, new_embeddings):
         self.encoder.embed_tokens = new_embeddings
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -72,13 +74,13 @@ class EncoderDecoderBody:
         )
         return self.output_class(
             last_hidden_state=outputs.last_hidden_state,
-            past_key_values=outputs.past_key_values,
             decoder_hidden_states=outputs.hidden_states,
             decoder_attentions=outputs.attentions,
             cross_attentions=outputs.cross_attentions,
             encoder_last_hidden_state=encoder_outputs[0],
             encoder_hidden_states=encoder_outputs.hidden_states,
             encoder_attentions=encoder_outputs.attentions,
+            **{CACHE: outputs.get(CACHE)},
             **self.of_encoder(encoder_outputs),
         )
 
@@ -122,6 +124,7 @@ class Seq2SeqLMHead(LanguageModelHead):
     _tied_weights_keys = {"lm_head.weight": "model.decoder.embed_tokens.weight"}
     output_class = Seq2SeqLMOutput
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,

@@ -27,6 +27,7 @@ from transformers.modeling_outputs import (
 )
 from transformers.utils import TransformersKwargs, can_return_tuple
 
+from .cache_name import CACHE, takes_cache
 from .pooling import pool_hidden_states
 
 
@@ -77,7 +78,7 @@ class CausalLMHead(LanguageModelHead):
     _pp_plan = {"lm_head": (["hidden_states"], ["logits"])}
     _fsdp_plan = {"lm_head": "keep_full_weight"}
     output_class = CausalLMOutputWithCrossAttentions
-    passed_on = ("hidden_states", "attentions", "cross_attentions")  # of the body's output
+    passed_on = ("hidden_states", "attentions", "cross_attentions")  # of the body's output, beside the cache
 
     @classmethod
     def head_config(cls, config):
@@ -87,6 +88,7 @@ class CausalLMHead(LanguageModelHead):
         config.is_decoder = True
         return config
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -120,8 +122,7 @@ class CausalLMHead(LanguageModelHead):
         return self.output_class(
             loss=None if labels is None else self.loss_of(logits, labels, outputs, **kwargs),
             logits=logits,
-            past_key_values=outputs.past_key_values,
-            **{name: outputs.get(name) for name in self.passed_on},
+            **{name: outputs.get(name) for name in (CACHE, *self.passed_on)},
         )
 
     def loss_of(self, logits: torch.Tensor, labels: torch.Tensor, outputs, **kwargs) -> torch.Tensor:

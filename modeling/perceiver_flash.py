@@ -23,6 +23,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.perceiver_flash import PerceiverFlashConfig
 from .attention_masks import make_attention_mask
+from .cache_name import CACHE, takes_cache
 from .checked_model import CheckedPreTrainedModel
 from .heads import CausalLMHead, HeadOnBody, LanguageModelHead
 from .input_checks import check_attention_mask, check_inputs, check_positions
@@ -173,6 +174,7 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         context = InputContext(states, mask, positions, states.shape[0])
         return [context] * config.num_cross_attention_layers
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -261,7 +263,7 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         new = min(context.states.shape[1], hidden_states.shape[1])
         mask = None if window.key_mask is None else window.key_mask[:, -new:].long()
         return PerceiverFlashModelOutput(
-            last_hidden_state=self.norm(hidden_states)[:, -new:], past_key_values=cache, latent_mask=mask
+            last_hidden_state=self.norm(hidden_states)[:, -new:], latent_mask=mask, **{CACHE: cache}
         )
 
     def _run(self, hidden_states, positions, contexts, window, cache, kwargs):

@@ -24,6 +24,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.performer import PerformerConfig
+from .cache_name import CACHE, takes_cache
 from .checked_model import CheckedPreTrainedModel
 from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .feature_calibration import calibrate_features
@@ -108,6 +109,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -178,7 +180,7 @@ class PerformerModel(PerformerPreTrainedModel):
             "rotary": rotary_tables(position_ids, config.head_dim, config.rotary_emb_base)
             if config.uses_rotary
             else None,
-            "past_key_values": past_key_values,
+            CACHE: past_key_values,
         }
         projections = redraw_and_capture(self)
         if config.reversible:
@@ -193,7 +195,7 @@ class PerformerModel(PerformerPreTrainedModel):
                     hidden_states, encoder_hidden_states, projections=captured, **arguments, **kwargs
                 )
         return BaseModelOutputWithPastAndCrossAttentions(
-            last_hidden_state=self.norm(hidden_states), past_key_values=past_key_values
+            last_hidden_state=self.norm(hidden_states), **{CACHE: past_key_values}
         )
 
     def _new_cache(self) -> Cache:

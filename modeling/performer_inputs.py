@@ -3,6 +3,7 @@
 import torch
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+from .cache_name import CACHE
 from .padding import padding_among_new_tokens
 
 
@@ -34,7 +35,7 @@ def make_attention_masks(
             preallocated = past_key_values is not None and past_key_values.get_max_length() != -1
             masks["full"] = create_causal_mask(
                 **common,
-                past_key_values=past_key_values,
+                **{CACHE: past_key_values},
                 position_ids=position_ids,
                 allow_is_causal_skip=not preallocated,
             )

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
+from .cache_name import takes_cache
 from .feed_forward import FeedForward
 from .norms import ReZeroScale, make_norm
 from .performer_attention import PerformerAttention, PerformerSoftmaxAttention
@@ -73,6 +74,7 @@ class PerformerLayer(GradientCheckpointingLayer):
             hidden_states = self.cross_mlp_branch.add(hidden_states, cross_mlp(hidden_states, None))
         return hidden_states
 
+    @takes_cache
     def branches(
         self,
         attention_masks: dict,

@@ -30,6 +30,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from ..configuration.x_transformer import XTransformerConfig
 from .attention_z_loss import attention_z_loss
+from .cache_name import CACHE, takes_cache
 from .checked_model import CheckedPreTrainedModel
 from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .heads import CausalLMHead, MaskedLMHead, SequenceClassificationHead, TokenClassificationHead
@@ -117,6 +118,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         """What makes vectors of the inputs, and what stands between those and the first block."""
         return make_token_embedding(config), XTransformerEmbeddings(config)
 
+    @takes_cache
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -218,7 +220,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             "rotary": self._rotary(query_position_ids, position_ids),
             "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
-            "past_key_values": past_key_values,
+            CACHE: past_key_values,
             "padding": padding,
             "recalled": recalled,
         }
@@ -250,7 +252,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             z_loss = config.attention_z_loss_coef * attention_z_loss(carried.lse, padding)
         return XTransformerModelOutput(
             last_hidden_state=hidden_states if rows is None else rows.pack(hidden_states),
-            past_key_values=past_key_values,
+            **{CACHE: past_key_values},
             segment_memory=remember(entered, segment_memory, config) if entered and is_first else None,
             attention_z_loss=z_loss,
             cls_states=cls_states,
@@ -357,6 +359,7 @@ class XTransformerForCausalLM(ScaledLogits, CausalLMHead, XTransformerPreTrained
         loss = super().loss_of(logits, labels, outputs, **kwargs)
         return loss if outputs.attention_z_loss is None else loss + outputs.attention_z_loss
 
+    @takes_cache
     def forward(
         self,
         input_ids: torch.LongTensor | None = None,

@@ -19,6 +19,7 @@ from transformers.modeling_outputs import BaseModelOutput, Seq2SeqLMOutput, Seq2
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from ..configuration.x_transformer import XTransformerConfig
+from .cache_name import takes_cache
 from .encoder_decoder import Seq2SeqLMHead
 from .x_transformer import (
     ScaledLogits,
@@ -98,6 +99,7 @@ class XTransformerImageTextModel(XTransformerEncoderDecoderModel):
         else:
             self.decoder.embed_tokens = new_embeddings
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -166,6 +168,7 @@ class XTransformerForImageTextToText(ScaledLogits, Seq2SeqLMHead, XTransformerPr
         if config.image_fusion == "prepended":
             self.main_input_name = "input_ids"
 
+    @takes_cache
     def forward(
         self,
         pixel_values: torch.Tensor | None = None,

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttenti
 from transformers.utils import ModelOutput, TransformersKwargs, can_return_tuple
 
 from ..configuration.x_transformer import XTransformerConfig
+from .cache_name import CACHE, takes_cache
 from .x_transformer import XTransformerModel, XTransformerPreTrainedModel
 from .x_transformer_embeddings import XTransformerEmbeddings
 
@@ -30,15 +31,19 @@ class ContinuousPredictionOutput(ModelOutput):
         loss: a number, if labels are given.
         prediction: `[B, N, output_feature_size]`, the mean if there is a distribution.
         variance: `[B, N, output_feature_size]`, with `distribution_output="normal"`.
-        past_key_values, hidden_states, attentions: as everywhere in transformers.
+        cache (or past_key_values), hidden_states, attentions: as everywhere in transformers.
     """
 
     loss: torch.Tensor | None = None
     prediction: torch.Tensor | None = None
     variance: torch.Tensor | None = None
-    past_key_values: Cache | None = None
+    cache: Cache | None = None
     hidden_states: tuple[torch.Tensor, ...] | None = None
     attentions: tuple[torch.Tensor, ...] | None = None
+
+    @property
+    def past_key_values(self) -> Cache | None:
+        return self.cache
 
 
 class FeatureProjection(nn.Module):
@@ -97,6 +102,7 @@ class XTransformerForContinuousPrediction(XTransformerPreTrainedModel):
             raise ValueError("distribution_output='normal' needs output_feature_size, got None")
         self.post_init()
 
+    @takes_cache
     @can_return_tuple
     def forward(
         self,
@@ -134,7 +140,7 @@ class XTransformerForContinuousPrediction(XTransformerPreTrainedModel):
             loss=None if labels is None else self._loss(prediction, variance, labels, attention_mask),
             prediction=prediction,
             variance=variance,
-            past_key_values=outputs.past_key_values,
+            cache=outputs.get(CACHE),
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
         )
@@ -205,7 +211,7 @@ class XTransformerForContinuousPrediction(XTransformerPreTrainedModel):
                 noise = torch.randn(new.shape, dtype=new.dtype, device=new.device, generator=generator)
                 new = new + temperature * output.variance[:, -1:].sqrt() * noise
             generated.append(new)
-            cache = output.past_key_values
+            cache = output.cache
             inputs = new if use_cache else torch.cat([inputs, new], dim=1)
             if attention_mask is not None:
                 attention_mask = F.pad(attention_mask, (0, 1), value=1)

@@ -65,7 +65,7 @@ class Captioning(TrainingTask):
     head_suffixes = ("ForImageTextToText",)
     argument_classes = (CaptioningArguments,)
     trainer_class = Seq2SeqTrainer
-    pipeline_tag = "image-to-text"
+    pipeline_tag = "image-text-to-text"
     examples = "captioned images"
 
     def check(self, config):

@@ -10,7 +10,8 @@ import pytest
 from helpers import ROOT, run_python, subprocess_without_package
 from hub_stub import Hub, running_hub
 from huggingface_hub import ModelCard
-from test_remote_code import IN_THE_OTHER_PROCESS, rows
+from test_model_card import PIPELINE_TAGS
+from test_remote_code import CLASS_NAMES, IN_THE_OTHER_PROCESS, rows
 
 from hf_efficient.configuration.model_card import is_replaceable
 
@@ -88,6 +89,7 @@ def pinned(hub: Hub, *names: str) -> list[str]:
     return [f"{name}@{hub.repositories[name].head.id}" for name in names]
 
 
+@pytest.mark.matrix("Hub round trip", heads=CLASS_NAMES)
 def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
     with running_hub() as hub:
         writer, reader = (hub.environment(tmp_path / name) for name in ("writer", "reader"))
@@ -97,7 +99,9 @@ def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
             files = hub.files(name)
             kinds = {path.rpartition(".")[2] for path in files}
             assert kinds == {"py", "json", "safetensors", "md", "gitattributes"}, name
-            assert f'name = "{name}"' in files["README.md"].decode() and is_replaceable(files["README.md"].decode())
+            text = files["README.md"].decode()
+            assert f'name = "{name}"' in text and is_replaceable(text)
+            assert ModelCard(text).data.pipeline_tag == PIPELINE_TAGS[name.partition("-")[2]]
             large = [path for path, file in hub.repositories[name].head.files.items() if file.is_large]
             assert large == ["model.safetensors"]
             assert len(hub.repositories[name].head.history()) == 2  # the empty repository, and everything at once

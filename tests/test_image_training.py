@@ -6,6 +6,7 @@ import numpy as np
 import PIL.Image
 import pytest
 import torch
+from huggingface_hub import ModelCard
 from load_script import load_script
 from transformers import AutoImageProcessor, AutoModelForImageClassification
 
@@ -74,7 +75,8 @@ def test_digits_train_and_load(tmp_path):
     found = model(pixel_values=pixels).logits.argmax(dim=-1)
     measured = (found == torch.tensor(rows["label"])).float().mean().item()
     assert measured == pytest.approx(metrics["eval_accuracy"], abs=1e-6) and measured > 0.2
-    assert "- accuracy" in (tmp_path / "model/README.md").read_text()
+    card = ModelCard.load(tmp_path / "model/README.md").data
+    assert (card.pipeline_tag, card.metrics) == ("image-classification", ["accuracy"])
     latents = plot_latents.main(
         ["--model_name_or_path", str(tmp_path / "model"), "--output", str(tmp_path / "a.png"), "--num_latents", "3"]
     )

@@ -1,10 +1,35 @@
-"""The recorder of docs/matrix.md fails a run of which the page is not true."""
+"""docs/matrix.md says something about every head, and the recorder fails a run of which the page is not true."""
 
 import re
 import shutil
 
+import matrix_page
 import pytest
 from helpers import ROOT, run_python
+from tiny_heads import HEADS
+
+
+PAGE_OF_ALL = matrix_page.MatrixPage()
+
+
+def test_the_page_is_what_would_be_written():
+    assert PAGE_OF_ALL.path.read_text(encoding="utf-8") == matrix_page.render(PAGE_OF_ALL.read()), (
+        "docs/matrix.md was edited, or a head, a column or docs/conformance.md is newer: run `make matrix`"
+    )
+
+
+def test_the_page_decides_about_every_head():
+    cells = PAGE_OF_ALL.read()
+    columns = {"remote code": [name for name, head in HEADS.items() if head.auto_class]}
+    columns["Hub round trip"] = columns["remote code"]
+    for column in ("Trainer", "resume", "checkpointing", "bf16", "compile"):
+        columns[column] = [name for name, head in HEADS.items() if head.learns]
+    for column in matrix_page.GENERATION_COLUMNS:
+        columns[column] = [name for name, head in HEADS.items() if head.generates]
+    assert columns.keys() | {"pipeline"} == matrix_page.COLUMNS.keys() | matrix_page.GENERATION_COLUMNS.keys()
+    missing = [(head, column) for column, heads in columns.items() for head in heads if (head, column) not in cells]
+    assert not missing
+    assert HEADS.keys() == matrix_page.common_tests().keys()
 
 
 CONFTEST = """
@@ -76,7 +101,7 @@ def run(tmp_path):
 
 def test_a_page_that_is_true_passes(run):
     assert run() == []
-    assert run(PAGE, TESTS, "-n", "2") == []
+    assert run(PAGE, TESTS, "-n", "2", "--dist", "worksteal") == []
 
 
 CHANGES = (
@@ -106,6 +131,7 @@ def test_a_page_that_is_not_true_fails(run):
         assert old in tests
         tests = tests.replace(old, new)
     assert run(PAGE, tests) == PROBLEMS
+    assert run(PAGE, tests, "-n", "2", "--dist", "worksteal") == PROBLEMS
 
 
 def test_a_part_of_the_tests_says_nothing_about_the_page(run):

@@ -7,11 +7,43 @@ import torch
 import transformers
 from hub_repositories import card_problems
 from huggingface_hub import ModelCard
+from load_script import load_script
 from test_remote_code import config_for, rows
 
 from hf_efficient import PerformerConfig, PerformerForSequenceClassification
 from hf_efficient.configuration.model_card import is_replaceable, make_card, write_card
 from hf_efficient.model_card import WritesModelCard
+
+
+# What the Hub calls the tasks.
+PIPELINE_TAGS = {
+    "AutoModel": "feature-extraction",
+    "AutoModelForTextEncoding": "feature-extraction",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForTokenClassification": "token-classification",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForTimeSeriesPrediction": "time-series-forecasting",
+}
+WITHOUT_PIPELINE = {"text2text-generation", "question-answering", "time-series-forecasting"}
+
+
+@pytest.mark.parametrize(("auto_class", "tag"), PIPELINE_TAGS.items())
+def test_a_tag_is_the_pipeline_that_transformers_has_for_the_auto_class(auto_class, tag):
+    tasks = transformers.pipelines.SUPPORTED_TASKS
+    assert (tag in tasks) == (tag not in WITHOUT_PIPELINE)
+    if tag in tasks and auto_class != "AutoModelForTextEncoding":
+        assert auto_class in [found.__name__ for found in tasks[tag]["pt"]]
+
+
+@pytest.mark.parametrize("objective", load_script("task_table").TASKS)
+def test_what_is_trained_by_the_script_has_the_same_tags(objective):
+    task = load_script("task_table").TASKS[objective]
+    assert task.pipeline_tag == PIPELINE_TAGS[task.auto_class.__name__]
 
 
 @pytest.mark.parametrize(("model_type", "auto_class"), rows)
@@ -25,13 +57,7 @@ def test_every_saved_head_has_a_card_that_is_valid_and_its_own(model_type, auto_
     assert card.data.library_name == "transformers" and {"hf_efficient", model_type, "custom_code"} <= {
         *card.data.tags
     }
-    without_pipeline = dict.fromkeys(
-        ("question-answering", "text2text-generation", "time-series-forecasting"), {"pt": ()}
-    )
-    tasks = transformers.pipelines.SUPPORTED_TASKS | without_pipeline
-    assert card.data.pipeline_tag in tasks
-    classes = [found.__name__ for found in tasks[card.data.pipeline_tag]["pt"]]
-    assert not classes or auto_class in classes or card.data.pipeline_tag == "feature-extraction"
+    assert card.data.pipeline_tag == PIPELINE_TAGS[auto_class]
     assert f"`{type(model).__name__}` is for" in text
     for heading in ("Intended use", "Limits", "How to load it", "Training", "Citation"):
         assert f"\n## {heading}\n" in text
@@ -125,6 +151,20 @@ def test_a_trainers_figures_are_in_the_card_and_stay_there(tmp_path):
     assert "More information needed" not in text and "## How to load it" in text
     model.save_pretrained(tmp_path)
     assert (tmp_path / "README.md").read_text() == text
+
+
+@pytest.mark.parametrize(("model_type", "auto_class"), rows)
+def test_a_trainers_card_names_the_task_also_of_a_model_that_was_never_saved(model_type, auto_class, tmp_path):
+    config = config_for(model_type, auto_class)
+    config.architectures = ["SomethingForCausalLM"]  # as of the checkpoint that is fine-tuned
+    model = getattr(transformers, auto_class).from_config(config)
+    trainer = trainer_of(model, tmp_path)
+    trainer.create_model_card()
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.pipeline_tag == PIPELINE_TAGS[auto_class]
+    assert f"`{type(model).__name__}` is for" in card.text
+    trainer.create_model_card(tasks="image-to-text")  # the task knows more than the class
+    assert ModelCard.load(tmp_path / "README.md").data.pipeline_tag == "image-to-text"
 
 
 def test_another_architectures_card_is_trainers(tmp_path):

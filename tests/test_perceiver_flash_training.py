@@ -1,4 +1,7 @@
-"""PerceiverFlash trains: no leak, checkpointing, compilation, export, resumption, inputs that do not fit."""
+"""PerceiverFlash trains: no leak, chunks under checkpointing and compilation, export, inputs that do not fit.
+
+What `Trainer` does with it is in test_trainer_contract.py.
+"""
 
 import os
 
@@ -6,7 +9,6 @@ import pytest
 import torch
 from helpers import run_python
 from perceiver_flash_models import FEATURES, IMAGES, SIZES, VOCABULARY
-from transformers import Trainer, TrainingArguments
 
 from hf_efficient import (
     PerceiverFlashConfig,
@@ -34,7 +36,7 @@ def ids(rows=2, length=20):
     return torch.randint(3, VOCABULARY, (rows, length), generator=torch.Generator().manual_seed(1))
 
 
-CHUNKED = [{}, {"cross_attention_chunk_size": 4}]
+CHUNKED = {"cross_attention_chunk_size": 4}
 CASES = {
     "masked": (PerceiverFlashForMaskedLM, SIZES, lambda: {"input_ids": ids(), "labels": ids()}),
     "causal": (PerceiverFlashForCausalLM, SIZES, lambda: {"input_ids": ids(), "labels": ids(), "use_cache": False}),
@@ -76,13 +78,12 @@ def test_a_batch_equals_its_rows():
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", CHUNKED, ids=str)
 @pytest.mark.parametrize("reentrant", [False, True])
-def test_checkpointing_changes_no_gradient(case, options, reentrant):
+def test_checkpointing_changes_no_gradient(case, reentrant):
     model_class, sizes, inputs = CASES[case]
     gradients = []
     for checkpointed in (False, True):
-        model = make(model_class, **sizes, **options, attention_dropout=0.3, cross_attention_dropout=0.3).train()
+        model = make(model_class, **sizes, **CHUNKED, attention_dropout=0.3, cross_attention_dropout=0.3).train()
         if checkpointed:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
         torch.manual_seed(3)
@@ -93,11 +94,10 @@ def test_checkpointing_changes_no_gradient(case, options, reentrant):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", CHUNKED, ids=str)
-def test_compiles_as_one_graph(case, options):
-    """Result and gradients of a single graph; with chunks the backward pass makes keys and values of each anew."""
+def test_compiles_as_one_graph(case):
+    """Result and gradients of a single graph, whose backward pass makes keys and values of each chunk anew."""
     model_class, sizes, inputs = CASES[case]
-    model = make(model_class, **sizes, **options).eval()
+    model = make(model_class, **sizes, **CHUNKED).eval()
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs()).logits, model(**inputs()).logits)
     gradients = []
@@ -109,7 +109,7 @@ def test_compiles_as_one_graph(case, options):
 
 
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("options", CHUNKED, ids=str)
+@pytest.mark.parametrize("options", [{}, CHUNKED], ids=str)
 @torch.no_grad()
 def test_exports(case, options):
     model_class, sizes, inputs = CASES[case]
@@ -139,38 +139,6 @@ def test_queries_and_masks_export_and_compile():
     torch.testing.assert_close(program.module()(**inputs).last_hidden_state, expected)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(compiled(**inputs).last_hidden_state, expected)
-
-
-def train(folder, model, steps, **arguments):
-    """Train on a text that repeats itself; returns the losses."""
-    row = torch.arange(33) % 11 + 5
-    data = [{"input_ids": row, "labels": row}] * 64
-    settings = {
-        "max_steps": steps,
-        "per_device_train_batch_size": 4,
-        "learning_rate": 5e-3,
-        "logging_steps": 1,
-        "save_steps": 4,
-        "report_to": [],
-        "disable_tqdm": True,
-        "use_cpu": True,
-        "seed": 3,
-        "lr_scheduler_type": "constant",
-    }
-    trainer = Trainer(model, TrainingArguments(str(folder), **settings), train_dataset=data)
-    trainer.train(**arguments)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-
-
-def test_resumed_training_equals_the_uninterrupted_one(tmp_path):
-    options = {**SIZES, "attention_dropout": 0.2}
-    whole, first, second = (make(PerceiverFlashForCausalLM, **options) for _ in range(3))
-    losses = train(tmp_path / "whole", whole, 12)
-    assert losses[-1] < 0.7 * losses[0]
-    train(tmp_path / "parts", first, 4)
-    train(tmp_path / "parts", second, 12, resume_from_checkpoint=str(tmp_path / "parts/checkpoint-4"))
-    for name, tensor in whole.state_dict().items():
-        assert torch.equal(tensor, second.state_dict()[name]), name
 
 
 def test_items_in_a_batch_are_those_of_the_latents():

@@ -56,7 +56,7 @@ exec(IN_THE_OTHER_PROCESS, _shared)  # the same inputs and outputs on this side
 outputs = _shared["outputs"]
 
 rows = [(model_type, auto_class) for model_type, row in ARCHITECTURES.items() for auto_class in row.models]
-REFERENCES = [reference for row in ARCHITECTURES.values() for reference in row.models.values()]
+CLASS_NAMES = [reference.rpartition(":")[2] for row in ARCHITECTURES.values() for reference in row.models.values()]
 
 
 def config_for(model_type, auto_class):
@@ -98,7 +98,7 @@ def test_the_folder_holds_code_safetensors_and_every_head(saved, model_type, aut
         assert f"class {name}(" in code(folder)[f"{module}.py"]
 
 
-@pytest.mark.matrix("remote code", heads=[reference.rpartition(":")[2] for reference in REFERENCES])
+@pytest.mark.matrix("remote code", heads=CLASS_NAMES)
 @pytest.mark.parametrize(
     ("hidden", "environment"),
     [

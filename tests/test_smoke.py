@@ -4,6 +4,7 @@ Every head of the registry is built, run forward and backward, generated from, s
 only transformers.
 """
 
+import copy
 import importlib.metadata
 import json
 import os
@@ -15,6 +16,7 @@ from tiny_heads import HEADS
 
 
 REGISTERED = [name for name, head in HEADS.items() if head.auto_class]
+GENERATING = [name for name in REGISTERED if HEADS[name].generates]
 
 
 def make(head):
@@ -49,7 +51,7 @@ def test_forward_and_backward(head):
     assert loss() < before
 
 
-@pytest.mark.parametrize("head", [name for name in REGISTERED if HEADS[name].generates])
+@pytest.mark.parametrize("head", GENERATING)
 def test_cached_generation_equals_uncached(head):
     row, model = HEADS[head], make(head).double()
     inputs = {name: value.double() if value.is_floating_point() else value for name, value in row.inputs().items()}
@@ -57,6 +59,34 @@ def test_cached_generation_equals_uncached(head):
     options = {"max_new_tokens": 6, "min_new_tokens": 6, "do_sample": False}
     cached = model.generate(**inputs, use_cache=True, **options)
     assert torch.equal(cached, model.generate(**inputs, use_cache=False, **options))
+
+
+@pytest.mark.parametrize("head", GENERATING)
+@torch.no_grad()
+def test_a_cache_goes_by_either_name(head):
+    """`past_key_values`, or `cache` as transformers says from 5.24 on."""
+    inputs, model = HEADS[head].inputs(), make(head)
+    decoder = "decoder_input_ids" if model.config.is_encoder_decoder else "input_ids"
+    cache = model(**inputs, use_cache=True).past_key_values
+    following = {name: value for name, value in inputs.items() if name != "attention_mask"} | {
+        decoder: inputs[decoder][:, :1]
+    }
+    logits = [model(**following, **{name: copy.deepcopy(cache)}).logits for name in ("past_key_values", "cache")]
+    assert torch.equal(*logits) and not torch.equal(logits[0], model(**following).logits)
+    with pytest.raises(ValueError, match="two names of one argument"):
+        model(**following, past_key_values=cache, cache=cache)
+
+
+@pytest.mark.parametrize("head", [name for name in GENERATING if not HEADS[name].model_class._is_stateful])
+def test_a_checkpointed_layer_is_given_no_cache(head):
+    """It would be filled a second time when the layer is computed again."""
+    row, model = HEADS[head], make(head).train()
+    inputs = {name: value for name, value in row.inputs().items() if name != "attention_mask"}
+    cache = model(**inputs, use_cache=True).past_key_values
+    seen = cache.get_seq_length()
+    model.gradient_checkpointing_enable()
+    model(**inputs, **row.labels(), past_key_values=cache).loss.backward()
+    assert cache.get_seq_length() == seen
 
 
 IN_THE_OTHER_PROCESS = """

@@ -28,6 +28,8 @@ so is an entry whose test passes. "unless" names the machines where a test runs 
 22 of each class's passing tests (`get_*_features_*`) find nothing to test in a text model and pass all the same.
 
     pytest tests/conformance -n 2
+
+What else each model is held to is in [matrix.md](matrix.md).
 """
 
 ABSENT = """
@@ -64,23 +66,19 @@ def counts(case: str, tests: list[str]) -> tuple[int, int, int]:
     return len(tests) - len(rows), len(rows) - failing, failing
 
 
-def cells_by_model() -> dict[str, str]:
-    """What docs/matrix.md says of each model class: the counts of the test classes that try it."""
-    classes, cells = test_classes(), {}
-    for case, tests in test_cases():
-        passing, skipped, failing = counts(case, tests)
-        text = f"{case}: {passing} pass, {skipped} skip" + (f", **{failing} fail**" if failing else "")
-        for model in getattr(getattr(classes[case], "tester", None), "model_classes", ()):
-            cells[model.__name__] = "<br>".join(filter(None, [cells.get(model.__name__), text]))
-    return cells
+def models(case: type[unittest.TestCase]) -> str:
+    """The model classes that a test class tries."""
+    classes = getattr(getattr(case, "tester", None), "model_classes", ())
+    return ", ".join(f"`{model.__name__}`" for model in classes)
 
 
 def render() -> str:
-    cases = test_cases()
+    cases, classes = test_cases(), test_classes()
     lines = [HEAD.format(version=importlib.metadata.version("transformers"))]
-    lines += ["| test class | tests | pass | skip themselves | fail |", "|---|---|---|---|---|"]
+    lines += ["| test class | models | tests | pass | skip themselves | fail |", "|---|---|---|---|---|---|"]
     for case, tests in cases:
-        lines.append(f"| {case} | {len(tests)} | " + " | ".join(map(str, counts(case, tests))) + " |")
+        row = [case, models(classes[case]), len(tests), *counts(case, tests)]
+        lines.append("| " + " | ".join(map(str, row)) + " |")
     lines += ["", "## The tests that do not pass", "", "| why | tests | in | unless |", "|---|---|---|---|"]
     lines += [_row(skip, cases) for skip in SKIPS]
     return "\n".join(lines) + "\n" + ABSENT
