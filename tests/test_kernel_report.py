@@ -93,6 +93,8 @@ def test_every_kernel_compiles_and_fits(tmp_path, operation, target):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_oldest_triton_compiles_the_hot_kernels(tmp_path, operation):
     """They compile and fit. The tables are chosen for the newest compiler: an older one spills a few bytes here and
-    there (up to 24 with Triton 3.6)."""
-    rows = report(tmp_path, "--operations", operation, "--hot-only", "--ignore-spills", "--triton", OLDEST_TRITON)
+    there (up to 24 with Triton 3.6). One target, for its front end's sake; the other two take the same command by hand.
+    """
+    old = ("--hot-only", "--ignore-spills", "--targets", "sm_90", "--triton", OLDEST_TRITON)
+    rows = report(tmp_path, "--operations", operation, *old)
     assert rows and all(int(row["spilled_bytes"]) <= 64 for row in rows)
