@@ -61,8 +61,6 @@ REFUSED = {
     "research option": ({}, {"attn_sparse_topk": 3}, "attn_sparse_topk=3 has no counterpart"),
     "hyper-connections": ({}, {"num_residual_streams": 4}, "no paper"),
     "a value for each layer": ({}, {"attn_num_mem_kv": (1, 2)}, "for each layer"),
-    "half a block": ({}, {"layers_execute_order": (0, 0, 1)}, "whole blocks"),
-    "two kinds of types": ({"embed_num_tokens": {"a": 2, "b": 3}}, {}, "not several"),
     "groups and rotary": (
         {}, {"attn_qk_norm": True, "attn_qk_norm_groups": 2, "rotary_pos_emb": True}, "groups hold other channels"
     ),

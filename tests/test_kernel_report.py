@@ -93,7 +93,7 @@ def test_every_kernel_compiles_and_fits(tmp_path, operation, target):
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_the_oldest_triton_compiles_the_hot_kernels(tmp_path, operation):
     """They compile and fit. The tables are chosen for the newest compiler: an older one spills a few bytes here and
-    there (up to 24 with Triton 3.6). One target, for its front end's sake; the other two take the same command by hand.
+    there (up to 24 with Triton 3.6). One target, for its front end's sake; by hand the command takes all three.
     """
     old = ("--hot-only", "--ignore-spills", "--targets", "sm_90", "--triton", OLDEST_TRITON)
     rows = report(tmp_path, "--operations", operation, *old)

@@ -128,12 +128,9 @@ print(time.perf_counter() - start)
 
 IMPORT_ORDERS = {
     "package first": "import hf_efficient",
-    "transformers first": "import transformers\nimport hf_efficient",
     "auto classes first": "from transformers import AutoModel, AutoConfig\nimport hf_efficient",
     # These import modeling_auto from the middle of modules that our models import in turn.
     "amid modeling_layers": "import hf_efficient\nimport transformers.modeling_layers",
-    "amid generation": "import hf_efficient\nimport transformers.generation",
-    "amid another model": "import hf_efficient\nfrom transformers import BertModel",
     "amid the trainer": "import hf_efficient\nfrom transformers import Trainer",
     "amid our model": "from hf_efficient.modeling.performer import PerformerModel",
     "in a thread": (
