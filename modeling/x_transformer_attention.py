@@ -130,16 +130,17 @@ class XTransformerAttention(nn.Module):
 
     def _project_in(self, hidden_states, source, first_values, rotary, past_key_values, layer_idx):
         """Queries, keys, values, and the values before they were mixed with those of the first block."""
+        query = self.split_heads(self.q_proj(hidden_states), self.head_dim)
+        if self.q_norm is not None:
+            query = self.q_norm(query)
         cross, cache = self.is_cross_attention, past_key_values
         if isinstance(past_key_values, EncoderDecoderCache):
             cache = past_key_values.cross_attention_cache if cross else past_key_values.self_attention_cache
             if cross and past_key_values.is_updated.get(layer_idx):
                 layer = cache.layers[layer_idx]
-                query = self._norm_query(self.q_proj(hidden_states))
                 query = query if rotary is None else rotate(query, rotary[0])
                 return query, layer.keys, layer.values, layer.values
         source = hidden_states if source is None else source
-        query = self._norm_query(self.q_proj(hidden_states))
         key = self.split_heads(self.k_proj(source), self.head_dim)
         if self.k_norm is not None:
             key = self.k_norm(key)
@@ -153,10 +154,6 @@ class XTransformerAttention(nn.Module):
             if cross:
                 past_key_values.is_updated[layer_idx] = True
         return query, key, value, raw_value
-
-    def _norm_query(self, projected: torch.Tensor) -> torch.Tensor:
-        query = self.split_heads(projected, self.head_dim)
-        return query if self.q_norm is None else self.q_norm(query)
 
     def _value_share(self, source, value):
         """How much of a block's own value stays: a number for each token and head, or one half."""

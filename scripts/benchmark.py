@@ -244,14 +244,14 @@ def main():
     if arguments.setting:
         measure(arguments)
         return
-    output, throwaway = arguments.output, ROOT / ".cache/benchmark/quick.csv"
+    output = arguments.output
     if not arguments.report:
         ops = list(dict.fromkeys(op for part in arguments.only for op in PARTS[part]))
         benchmark_gate.require_green(ops, quick=arguments.quick)
         if arguments.quick:
             sys.argv += ["--lengths", "64", "128", "--contexts", "16", "32", "--repeats", "1"]
             if output is None:
-                output = throwaway
+                output = ROOT / ".cache/benchmark/quick.csv"
                 output.parent.mkdir(parents=True, exist_ok=True)
                 output.unlink(missing_ok=True)
         # Only the attention rows have something to gain from a kept heap.

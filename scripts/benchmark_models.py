@@ -60,7 +60,7 @@ def performer() -> nn.Module:
         hidden_size=WIDTH,
         num_hidden_layers=LAYERS,
         num_attention_heads=HEADS,
-        hidden_act="gelu_pytorch_tanh",  # GPT-2's
+        hidden_act="gelu_pytorch_tanh",  # as GPT-2; performer-pytorch has the exact one
         is_decoder=True,
         pad_token_id=0,
         bos_token_id=0,

@@ -23,7 +23,7 @@ benchmark_gpu = load_script("benchmark_gpu")
 
 
 PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
-PARTS += ("perceiver", "perceiver-chunks", "perceiver-language")
+PARTS += ("perceiver", "perceiver-chunks", "perceiver-language", "x-transformer")
 
 
 def make_row(name, provider, mode, length, median, **fields):
@@ -51,6 +51,9 @@ def test_quick_run(tmp_path):
         assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
     assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
     assert ("perceiver_flash_chunks", "ours-chunked", "forward+backward", 128) in found
+    for provider in ("ours", "ours-as-llama", "llama"):
+        assert ("x_transformer_generate", provider, "8+8", 16) in found
+    assert ("x_transformer_memory", "sinks", "forward+backward", 128) in found
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
         assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date

@@ -35,7 +35,7 @@ THOROUGHLY = ("plain", "decoder with dropout", "encoder")
 
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_reference_gradcheck(combination):
-    """Every entry of the Jacobian where all options meet; elsewhere its product with a random vector on each side."""
+    """Every entry of the Jacobian of the plain call and the fullest two; elsewhere its product with random vectors."""
     call = make_call(combination, 5, 6, dtype=torch.float64)
     leaves = {name: call[name].requires_grad_() for name in DIFFERENTIABLE if name in call}
 

@@ -1,10 +1,9 @@
 """One token of causal linear attention without a Triton path: the step of decoding, in few and small operations."""
 
 import torch
-import torch.nn.functional as F
 
 from .eager import chunk_features
-from .feature_maps import EXPONENTIAL
+from .feature_maps import EXPONENTIAL, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
@@ -52,9 +51,7 @@ def _token_features(both, feature_map):
         q, k = chunk_features(both, feature_map, is_key=False).values.unbind()
         return q, k, k.new_zeros(k.shape[:2])
     rows = both if feature_map.scale == 1 else both * feature_map.scale
-    logits = rows if feature_map.projection is None else F.linear(rows, feature_map.projection)
-    if feature_map.bias is not None:
-        logits = logits + feature_map.bias
+    logits = project(rows, feature_map._replace(scale=1.0))
     features = torch.log_softmax(logits, dim=-1)
     log_scale = logits.select(-1, 0) - features.select(-1, 0)
     if feature_map.subtract_norm:
