@@ -1,6 +1,6 @@
 """Does the router find the few tokens that matter? Associative recall among 4,096 tokens, routed and static.
 
-    python scripts/recall_experiment.py                  10 runs; a learned one took four minutes of a busy core
+    python scripts/recall_experiment.py                  10 runs of minutes each on one core
     python scripts/recall_experiment.py --seeds 0 --routing learned
     python scripts/recall_figure.py                      draws docs/figures/colt5_recall.png from the rows
 
@@ -46,10 +46,10 @@ STAGES = (
     (128, 120, 1.5e-3),
     (192, 100, 1.5e-3),
     (256, 100, 1.5e-3),
-    (512, 80, 1.5e-3),
-    (1024, 60, 1.5e-3),
-    (2048, 40, 1.5e-3),
-    (4096, 40, 1e-3),
+    (512, 200, 1.5e-3),
+    (1024, 150, 1.5e-3),
+    (2048, 100, 1.5e-3),
+    (4096, 80, 1e-3),
 )
 SOLVED, STEPS_BETWEEN_EVALUATIONS, WARM_UP_STEPS = 0.97, 20, 50
 EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 17, 128
