@@ -27,6 +27,7 @@ from .eager_tiles import (
     put_rows,
     row_blocks,
     rows_of,
+    weigh,
 )
 from .operands import Gradients, Operands, Options, Wanted
 
@@ -104,7 +105,7 @@ def _forward(operands, options, batch_row=0):
             weights, _ = compute_logits(part, tile, rows, key, buffer)
             grown = torch.maximum(maximum, weights.amax(-1, keepdim=True))
             grown.masked_fill_(grown == -torch.inf, 0)  # a row that has seen nothing yet
-            weights.sub_(grown).exp2_()
+            weigh(weights, grown, part.bias is not None)
             shrunk = (maximum - grown).exp2_()
             maximum, total = grown, total.mul_(shrunk).add_(weights.sum(-1, keepdim=True))
             if part.row_keys is not None:
@@ -159,7 +160,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
         for tile in tiles:
             key, value = keys_of(part, tile)
             weights, clamped = compute_logits(part, tile, rows, key, buffers[0])
-            weights.sub_(base).exp2_()
+            weigh(weights, base, part.bias is not None)
             slopes = buffers[1, : weights.numel()].view(weights.shape)
             torch.bmm(grad_rows, value.mT, out=slopes)
             here = slice(tile.start, tile.stop), slice(tile.left, tile.right)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager_tiles import LOG2_E, TILE, bias_gradients, bias_over_distances, empty_output
+from .eager_tiles import LOG2_E, TILE, bias_gradients, bias_over_distances, empty_output, weigh
 from .operands import UNLIMITED, Gradients, Operands, Options, Wanted
 
 
@@ -32,6 +32,7 @@ class Band(NamedTuple):
         key, value: `[C, left + N' + right, ·]`, N' the length in whole blocks; zeros where there is no key.
         bias: `[Cb, BLOCK, W]`, times log2(e); -inf outside of the window. Cb is 1, H or C.
         mask: `[C or 1, left + N' + right]`, 0 or -inf where there is no key.
+        biased: whether there is more in `bias` than the window.
         masked: whether a mask was given, so that every block has to look at it.
         start, stop: where the keys themselves begin and end.
     """
@@ -41,6 +42,7 @@ class Band(NamedTuple):
     value: Tensor
     bias: Tensor
     mask: Tensor
+    biased: bool
     masked: bool
     start: int
     stop: int
@@ -92,7 +94,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
         weights = _logits(band, group, options, buffer)
         maximum = weights.amax(-1, keepdim=True)
         maximum.masked_fill_(maximum == -torch.inf, 0)
-        weights.sub_(maximum).exp2_()
+        weigh(weights, maximum, band.biased)
         total = weights.sum(-1, keepdim=True)
         found = torch.bmm(weights, _windows(band.value, band, group))
         _rows(rows_out, group).copy_(found.div_(total.masked_fill(total == 0, 1)))
@@ -134,7 +136,7 @@ def backward(
         if grad_lse is not None:
             delta = (delta - _rows(grad_lse, group)).to(delta.dtype)
         grad_rows, delta = grad_rows * rest_rows, delta.mul_(rest_rows)
-        weights = _logits(band, group, options, buffers[0]).sub_(_rows(bases, group)).exp2_()
+        weights = weigh(_logits(band, group, options, buffers[0]), _rows(bases, group), band.biased)
         slopes = buffers[1, : weights.numel()].view(weights.shape)
         torch.bmm(grad_rows, value.mT, out=slopes)
         _add_windows(grad_value, group, torch.bmm(weights.mT, grad_rows), 1.0)
@@ -182,7 +184,7 @@ def _prepare(operands: Operands, options: Options) -> Band:
     _diagonals(bias, span).copy_(over_span[:, None])
     return Band(
         query.to(dtype).reshape(batch * heads, length, -1), padded(key), padded(value), bias, mask,
-        operands.key_mask is not None, left, left + length,
+        found is not None, operands.key_mask is not None, left, left + length,
     )  # fmt: skip
 
 

@@ -21,6 +21,9 @@ LOG2_E = math.log2(math.e)
 ROWS, LEAST_ROWS = 256, 16
 TILE = {"cpu": 2**19}
 TILE_ELSEWHERE = 2**24
+# Below the rounding of every sum that holds the largest weight, 1, and far enough above the least normal number that
+# products with it stay normal, too: of those that do not, processors make some ten times fewer.
+LEAST_EXPONENT = -100.0
 
 
 class Part(NamedTuple):
@@ -236,6 +239,14 @@ def compute_logits(part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: T
         if part.edges is not None and (over_t.start < part.first or over_t.stop - 1 > part.last):
             by_row.add_(part.edges[over_t].unfold(-1, columns, 1))
     return logits, clamped
+
+
+def weigh(logits: Tensor, base: Tensor, biased: bool) -> Tensor:
+    """`2^(logits - base)`, in place. With a bias, which takes distant keys far down, weights below the least are 0."""
+    logits.sub_(base)
+    if biased:
+        torch.threshold_(logits, LEAST_EXPONENT, -torch.inf)
+    return logits.exp2_()
 
 
 def kept(part: Part, tile: Tile) -> Tensor:
