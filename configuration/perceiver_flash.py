@@ -83,6 +83,8 @@ class PerceiverFlashConfig(SelfContainedConfig):
         rotary_dim, cross_rotary_dim, query_rotary_dim (`int`, *optional*): how many channels of a head turn with the
             position (arXiv 2104.09864); 0 for none. With `position_embedding_type="rotary"` whole heads of self- and
             cross-attention if not given, otherwise 0.
+        latent_spacing (`float`, defaults to 1): latents of their own stand at multiples of it for rotary positions:
+            inputs divided by latents spreads them over the whole input.
         rotary_emb_base (`float`, defaults to 10000): base of the rotary and sinusoidal wavelengths.
         intermediate_size, cross_intermediate_size, query_intermediate_size (`int`, *optional*): width of the
             feed-forwards, four times that of their input if not given. (arXiv 2103.03206 has it as wide as that.)
@@ -204,6 +206,7 @@ class PerceiverFlashConfig(SelfContainedConfig):
     rotary_dim: int | None = None
     cross_rotary_dim: int | None = None
     query_rotary_dim: int | None = None
+    latent_spacing: float | int = 1.0
     rotary_emb_base: float | int = 10000.0
     intermediate_size: int | None = None
     cross_intermediate_size: int | None = None
@@ -433,6 +436,8 @@ class PerceiverFlashConfig(SelfContainedConfig):
                 raise ValueError(f"{name}_dropout must be in [0, 1), got {value}")
         if not 0 <= self.latent_drop < 1:
             raise ValueError(f"latent_drop must be in [0, 1), got {self.latent_drop}")
+        if self.latent_spacing <= 0:
+            raise ValueError(f"latent_spacing must be greater than 0, got {self.latent_spacing}")
         for name in ("", "cross_", "query_"):
             self._check_at_least(1, f"{name}head_dim", f"{name}value_head_dim", f"{name}intermediate_size")
             turned, size = getattr(self, f"{name}rotary_dim"), getattr(self, f"{name}head_dim")
@@ -475,6 +480,7 @@ class PerceiverFlashConfig(SelfContainedConfig):
             "input_size": (self.hidden_size, self.input_size),
             "num_zero_tokens": (0, self.num_zero_tokens),
             "latent_drop": (0, self.latent_drop),
+            "latent_spacing": (1, self.latent_spacing),
         }
         for name, (expected, came) in needed.items():
             if came != expected:

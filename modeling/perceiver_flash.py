@@ -204,7 +204,8 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
             position_ids: `[B or 1, N]`; counted from each row's first real token if not given.
             past_key_values: a cache made with `DynamicCache(config=model.config)`; decoders only.
             latents: `[M, hidden_size]` or `[B, M, hidden_size]`, any M, instead of the model's own.
-            latent_position_ids: `[B or 1, M]`, where the latents stand for rotary positions; 0 to M - 1 if not given.
+            latent_position_ids: `[B or 1, M]`, where the latents stand for rotary positions; multiples of
+                `config.latent_spacing` if not given.
             use_cache: return a cache (decoders only).
 
         Raises:
@@ -232,15 +233,20 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         if latents is None:
             raise ValueError("latents must be given to a model with num_latents=None, got None")
         latents = expand_rows(latents, batch_size, config.hidden_size, "latents")
-        positions = positions_or_range(latent_position_ids, latents)
+        positions = positions_or_range(latent_position_ids, latents, config.latent_spacing)
         if self.training and config.latent_drop:
             latents, positions = drop_latents(latents, positions, config.latent_drop)
         hidden_states = self.norm(self._run(latents, positions, contexts, None, None, kwargs))
         pooled = None
         if self.pooler is not None:
-            by_query = config.pooling == "query"
-            pooled = self.pooler(hidden_states)[:, 0] if by_query else self.pooler(pool(hidden_states, config.pooling))
-        return PerceiverFlashModelOutput(last_hidden_state=hidden_states, pooler_output=pooled)
+            if config.pooling == "query":
+                pooled = self.pooler(hidden_states, latent_position_ids=positions)[:, 0]
+            else:
+                pooled = self.pooler(pool(hidden_states, config.pooling))
+        positions = positions.expand(batch_size, -1) if config.query_rotary_dim else None
+        return PerceiverFlashModelOutput(
+            last_hidden_state=hidden_states, pooler_output=pooled, latent_position_ids=positions
+        )
 
     def _with_zero_tokens(self, index, context):
         return context.behind(self.zero_tokens[index]) if self.config.num_zero_tokens else context
@@ -372,7 +378,7 @@ class PerceiverFlashIOModel(OnLatents, PerceiverFlashPreTrainedModel):
         )
         hidden_states = outputs.last_hidden_state
         if queries is not None or self.decoder.queries is not None:
-            hidden_states = self.decoder(hidden_states, queries, query_position_ids, latent_position_ids)
+            hidden_states = self.decoder(hidden_states, queries, query_position_ids, outputs.latent_position_ids)
         return PerceiverFlashModelOutput(
             last_hidden_state=hidden_states, hidden_states=outputs.hidden_states, attentions=outputs.attentions
         )
@@ -426,7 +432,8 @@ class PerceiverFlashForMaskedLM(OnLatents, LanguageModelHead, PerceiverFlashPreT
             input_ids if inputs_embeds is None else inputs_embeds, attention_mask, position_ids
         )
         queries = self.decoder.queries[positions]
-        logits = self.logits_of(self.decoder(outputs.last_hidden_state, queries, positions))
+        hidden_states = self.decoder(outputs.last_hidden_state, queries, positions, outputs.latent_position_ids)
+        logits = self.logits_of(hidden_states)
         loss = None
         if labels is not None:
             # The loss takes a view of the labels, which are often a slice.
@@ -472,7 +479,7 @@ class PerceiverFlashForSequenceClassification(OnLatents, PerceiverFlashPreTraine
     def _classify(self, inputs, labels, kwargs):
         loss_arguments = {name: kwargs.pop(name) for name in ("num_items_in_batch",) if name in kwargs}
         outputs = self.model(**inputs, **kwargs)
-        logits = self.classifier(outputs.last_hidden_state)
+        logits = self.classifier(outputs.last_hidden_state, outputs.latent_position_ids)
         loss = None
         if labels is not None:
             loss = self.loss_function(labels=labels, pooled_logits=logits, config=self.config, **loss_arguments)

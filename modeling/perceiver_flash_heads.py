@@ -62,12 +62,11 @@ class PerceiverFlashDecoder(nn.Module):
         queries = expand_rows(queries, latents.shape[0], self.config.query_size, "queries")
         rotary, size = {}, self.config.query_rotary_dim
         if size:
-            for name, states, positions in (
-                ("query_rotary", queries, query_position_ids),
-                ("key_rotary", latents, latent_position_ids),
-            ):
-                positions = positions_or_range(positions, states)
-                rotary[name] = rotary_tables(positions, size, self.config.rotary_emb_base)
+            positions = {
+                "query_rotary": positions_or_range(query_position_ids, queries),
+                "key_rotary": positions_or_range(latent_position_ids, latents, self.config.latent_spacing),
+            }
+            rotary = {name: rotary_tables(ids, size, self.config.rotary_emb_base) for name, ids in positions.items()}
         mask = make_attention_mask(
             self.config._attn_implementation, None, queries.shape[1], latents.shape[1], device=latents.device
         )
@@ -88,7 +87,7 @@ class PerceiverFlashClassificationHead(nn.Module):
             self.norm = nn.LayerNorm(size, eps=config.layer_norm_eps) if config.output_norm else nn.Identity()
             self.out_proj = nn.Linear(size, config.num_labels)
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
+    def forward(self, latents: torch.Tensor, latent_position_ids: torch.Tensor | None = None) -> torch.Tensor:
         if self.pooling == "query":
-            return self.decoder(self.dropout(latents))[:, 0]
+            return self.decoder(self.dropout(latents), latent_position_ids=latent_position_ids)[:, 0]
         return self.out_proj(self.norm(self.dropout(pool(latents, self.pooling))))

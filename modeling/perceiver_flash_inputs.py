@@ -142,10 +142,10 @@ def _chunked(config, inputs: Iterable, attention_mask) -> InputContext:
     return InputContext(None, None, None, first[0].shape[0], chain([first], found))
 
 
-def positions_or_range(positions: Tensor | None, states: Tensor) -> Tensor:
-    """`positions` `[B or 1, N]`, or 0 to N - 1 for states `[B, N, C]`."""
+def positions_or_range(positions: Tensor | None, states: Tensor, spacing: float = 1) -> Tensor:
+    """`positions` `[B or 1, N]`, or 0 to N - 1, times `spacing`, for states `[B, N, C]`."""
     if positions is None:
-        return torch.arange(states.shape[1], device=states.device)[None]
+        return torch.arange(states.shape[1], device=states.device)[None] * spacing
     return positions[None] if positions.ndim == 1 else positions
 
 

@@ -21,9 +21,11 @@ class PerceiverFlashModelOutput(BaseModelOutputWithPoolingAndCrossAttentions):
         attentions: `[B, H, M, K]` for each block that ran, in order: cross-attention, then the self-attentions.
         cross_attentions: `[B, H, Q, M]`, where the queries looked.
         latent_mask: int64 `[B, M]`, 1 for latents of a decoder that belong to their row's window; None if all do.
+        latent_position_ids: `[B, M]`, where the latents stand for queries that turn (`query_rotary_dim`).
     """
 
     latent_mask: torch.Tensor | None = None
+    latent_position_ids: torch.Tensor | None = None
 
 
 @dataclass

@@ -321,6 +321,7 @@ CONFIGURATIONS = {
     ),
     "texts": ({"input_size": [4], "modality": "text"}, "several inputs need modality='features'"),
     "concat": ({"pooling": "concat", "latent_drop": 0.5}, "pooling='concat' needs a fixed number of latents"),
+    "latent spacing": ({"latent_spacing": 0.0}, "latent_spacing must be greater than 0, got 0.0"),
     "latent drop": ({"latent_drop": 1.0}, r"latent_drop must be in \[0, 1\), got 1.0"),
     "rotary": ({"rotary_dim": 66}, r"rotary_dim must be even and at most head_dim \(64\), got 66"),
     "heads": ({"num_attention_heads": 7}, "num_attention_heads must divide the width of its queries"),

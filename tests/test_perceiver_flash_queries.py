@@ -38,3 +38,43 @@ def test_heads_of_queries_matter_where_there_are_queries():
         with pytest.raises(ValueError, match=message):
             build(kind, **sizes, **options)
         build(kind, **sizes, **options, query_head_dim=4)
+
+
+ROTARY = {**FEATURES, "position_embedding_type": "rotary", "query_rotary_dim": 4}
+
+
+def test_latents_stand_apart():
+    """`latent_spacing` is where they stand if nobody says so, for the inputs they read and the queries they answer."""
+    model = build(PerceiverFlashIOModel, **ROTARY, latent_spacing=1.5)
+    inputs, queries = features(), torch.randn(7, 10)
+    positions = torch.arange(8)[None] * 1.5
+    output = model(inputs=inputs, queries=queries).last_hidden_state
+    torch.testing.assert_close(
+        model(inputs=inputs, queries=queries, latent_position_ids=positions).last_hidden_state, output
+    )
+    model.config.latent_spacing = 1.0
+    assert (model(inputs=inputs, queries=queries).last_hidden_state - output).abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("kind", [PerceiverFlashIOModel, PerceiverFlashForSequenceClassification])
+def test_latents_that_stay_keep_their_positions(kind):
+    """Queries find the latents that `latent_drop` leaves where they stood."""
+    model = build(kind, **ROTARY, latent_drop=0.5, latent_spacing=3, pooling="query").train()
+    inputs = {"inputs": features()}
+    torch.manual_seed(0)
+    latents = model.model(**inputs)
+    assert latents.latent_position_ids.shape == (3, 4)
+    assert (latents.latent_position_ids % 3 == 0).all() and latents.latent_position_ids.max() > 4 * 3 - 1
+    torch.manual_seed(0)
+    states, positions = latents.last_hidden_state, latents.latent_position_ids
+    if kind is PerceiverFlashIOModel:
+        queries = torch.randn(7, 10, generator=torch.Generator().manual_seed(1))
+        output, decoder = model(**inputs, queries=queries).last_hidden_state, model.decoder
+        expected = decoder(states, queries, None, positions)
+        without = decoder(states, queries)
+    else:
+        output, decoder = model(**inputs).logits, model.classifier.decoder
+        expected = decoder(states, latent_position_ids=positions)[:, 0]
+        without = decoder(states)[:, 0]
+    torch.testing.assert_close(output, expected)
+    assert (without - expected).abs().max() > 1e-5
