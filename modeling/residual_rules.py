@@ -1,5 +1,7 @@
 """How a branch's output and the residual stream become the new stream."""
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 from transformers import initialization as init
@@ -71,6 +73,8 @@ class LayerScale(nn.Module):
         return update * self.weight
 
 
-def make_residual(config) -> nn.Module:
-    """The rule that `config.residual_type` names."""
-    return GRUResidual(config) if config.residual_type == "gru" else SumResidual(config)
+def make_residual(config) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """The rule that `config.residual_type` names; a plain sum needs no module."""
+    if config.residual_type == "gru":
+        return GRUResidual(config)
+    return SumResidual(config) if config.learned_residual_scale or config.residual_scale != 1 else torch.add

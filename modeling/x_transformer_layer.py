@@ -93,6 +93,8 @@ class XTransformerLayer(GradientCheckpointingLayer):
         self.order = config.block_orders[block_idx]
         self.is_causal, self.remembers = config.is_decoder, config.mem_len > 0
         self.penalised = bool(config.attention_z_loss_coef)
+        mixes = config.value_residual or config.residual_attention or config.cross_residual_attention
+        self.carries = bool(mixes or self.penalised or self.remembers)
         self.branch_names: list[tuple[str, str]] = []
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
@@ -153,9 +155,10 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     position_bias=position_bias,
                     past_key_values=past_key_values,
                 )
-                carried = carried._replace(**_kept(function, carried.values, values, scores))
-                carried = carried._replace(lse=self._summed(carried.lse, lse))
-                carried = carried._replace(entered=entered if self.remembers else None)
+                if self.carries:
+                    carried = carried._replace(**_kept(function, carried.values, values, scores))
+                    carried = carried._replace(lse=self._summed(carried.lse, lse))
+                    carried = carried._replace(entered=entered if self.remembers else None)
             else:
                 update, _, values, scores, lse = function(
                     inputs,
@@ -167,9 +170,10 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     rotary=encoder_rotary,
                     past_key_values=past_key_values,
                 )
-                kept = _kept(function, carried.cross_values, values, scores)
-                carried = carried._replace(**{f"cross_{name}": tensor for name, tensor in kept.items()})
-                carried = carried._replace(lse=self._summed(carried.lse, lse))
+                if self.carries:
+                    kept = _kept(function, carried.cross_values, values, scores)
+                    carried = carried._replace(**{f"cross_{name}": tensor for name, tensor in kept.items()})
+                    carried = carried._replace(lse=self._summed(carried.lse, lse))
             hidden_states = branch.add(hidden_states, update, mixed)
         return hidden_states, *carried
 
