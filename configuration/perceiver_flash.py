@@ -101,9 +101,10 @@ class PerceiverFlashConfig(SelfContainedConfig):
         final_norm (`bool`, *optional*): a LayerNorm behind the last block; only in a decoder if not given.
         num_zero_tokens (`int`, defaults to 0): learned tokens in front of the input of each cross-attention.
         latent_drop (`float`, defaults to 0): the part of the latents that a training step leaves out.
-        cross_attention_chunk_size (`int`, *optional*): read the input in pieces of this many positions, so that keys
-            and values of the whole input are never in memory at once; None reads it at once. Changes memory, not
-            results.
+        cross_attention_chunk_size (`int`, *optional*, defaults to `"auto"`): read the input in pieces of this many
+            positions, so that keys and values of the whole input are never in memory at once; None reads it at once.
+            Changes memory, not results. `"auto"` takes pieces where they are known to cost no time: on a CPU,
+            outside of `torch.compile`, if nobody asks for attention maps.
 
         pooling (`str`, defaults to `"mean"`): how the latents become one vector: their `"mean"`, the `"first"`, all
             behind one another (`"concat"`); or `"query"`: one learned query reads them (arXiv 2107.14795).
@@ -223,7 +224,7 @@ class PerceiverFlashConfig(SelfContainedConfig):
     final_norm: bool | None = None
     num_zero_tokens: int = 0
     latent_drop: float | int = 0.0
-    cross_attention_chunk_size: int | None = None
+    cross_attention_chunk_size: int | Literal["auto"] | None = "auto"
     pooling: Literal["mean", "first", "concat", "query"] = "mean"
     output_size: int | None = None
     output_norm: bool = True
@@ -428,7 +429,9 @@ class PerceiverFlashConfig(SelfContainedConfig):
     def validate_architecture(self):
         """What cannot go together; each message names the field, what was expected and what came."""
         self._check_at_least(0, "num_self_attention_layers", "num_zero_tokens", "chunk_size_feed_forward")
-        self._check_at_least(1, "vocab_size", "cross_attention_chunk_size", "latent_stride", "num_queries")
+        self._check_at_least(1, "vocab_size", "latent_stride", "num_queries")
+        if self.cross_attention_chunk_size != "auto":
+            self._check_at_least(1, "cross_attention_chunk_size")
         self._check_at_least(1, "output_size", "query_size", "image_stem_channels")
         for name in ("attention", "cross_attention", "query_attention", "feed_forward", "classifier"):
             value = getattr(self, f"{name}_dropout")

@@ -51,6 +51,10 @@ from .positions import SinusoidalPositionEmbedding
 from .rotary import rotary_tables
 
 
+# Keys and values of so many inputs, 512 wide, are 32 MiB.
+CPU_CHUNK = 8192
+
+
 class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
     """What every PerceiverFlash class shares: flags for transformers, and the initial values of weights."""
 
@@ -314,6 +318,8 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
             **kwargs,
         }
         size = config.cross_attention_chunk_size
+        if size == "auto":
+            size = self._automatic_chunk_size(context.states, kwargs)
         if size is not None and layer_past is None and context.states.shape[1] > size:
             if kwargs.get("output_attentions"):
                 raise ValueError("output_attentions needs cross_attention_chunk_size=None, got a number")
@@ -329,6 +335,13 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
             device=hidden_states.device,
         )
         return layer(hidden_states, context.states, attention_mask=mask, layer_past=layer_past, **arguments)
+
+    def _automatic_chunk_size(self, states, kwargs) -> int | None:
+        """Pieces are no slower on a CPU (docs/perceiver_flash.md); where that is not known, all is read at once."""
+        config = self.config
+        if config.is_decoder or config._attn_implementation != "sdpa" or kwargs.get("output_attentions"):
+            return None
+        return CPU_CHUNK if states.device.type == "cpu" and not torch.compiler.is_compiling() else None
 
     def _rotary(self, positions, size):
         return rotary_tables(positions, size, self.config.rotary_emb_base) if size else None

@@ -174,7 +174,7 @@ def measure_perceivers(arguments, collect) -> None:
     if "perceiver-chunks" in arguments.only:
         collect(measure_chunks(max(arguments.lengths) if quick else CHUNKED_LENGTH, repeats))
         if not quick:
-            collect(measure_features(4 * max(PERCEIVER_LENGTHS), 1, only="ours-chunked"))
+            collect(measure_features(4 * max(PERCEIVER_LENGTHS), 1, only="ours"))
             collect(measure_chunks(MILLION, 1, whole=False))
     if "perceiver-language" in arguments.only:
         for length in arguments.lengths if quick else LANGUAGE_LENGTHS:

@@ -5,8 +5,10 @@
   perceiver-pytorch's, so it is compared with its own conversion.
 - `perceiver_flash_language`: the full configuration of deepmind/language-perceiver (201 M random weights), logits for
   every input, against its conversion.
-- `perceiver_flash_chunks`: cross-attention over chunks against the same model reading its input at once; 64-wide
+- `perceiver_flash_chunks`: cross-attention in chunks against the same model reading its input at once; 64-wide
   inputs that need a gradient, 64 latents of 64.
+
+`ours` reads long inputs in chunks, as it does by itself on a CPU, `ours-at-once` does not.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,9 +22,8 @@ from hf_efficient import PerceiverFlashConfig, PerceiverFlashModel
 from hf_efficient.conversion.transformers_perceiver import convert_transformers_perceiver
 
 
-PEER = "perceiver-pytorch"
+PEER, AT_ONCE = "perceiver-pytorch", "ours-at-once"
 WIDTH, LATENTS, LATENT_WIDTH = 128, 256, 512
-CHUNK = 16384
 QUICK_LANGUAGE = {"d_latents": 64, "d_model": 32, "num_latents": 16, "num_self_attends_per_block": 1}
 LANGUAGE = {"qk_channels": 256, "v_channels": 1280}
 
@@ -34,7 +35,7 @@ def measure_features(length: int, repeats: int, peers: bool = True, only: str | 
     original = transformers_perceiver()
     models = {
         "ours": (ours(), True),
-        "ours-chunked": (ours(cross_attention_chunk_size=CHUNK), True),
+        AT_ONCE: (ours(cross_attention_chunk_size=None), True),
         "transformers": (original, True),
         "ours-converted": (convert_transformers_perceiver(original)[0], True),
     }
@@ -72,9 +73,9 @@ def measure_chunks(length: int, repeats: int, whole: bool = True) -> Iterator[Ro
     torch.manual_seed(0)
     inputs = torch.randn(1, length, 64, requires_grad=True)
     sizes = {"input_size": 64, "hidden_size": 64, "num_latents": 64, "num_self_attention_layers": 1}
-    models = {"ours-chunked": _features_model(**sizes, cross_attention_chunk_size=CHUNK)}
+    models = {"ours": _features_model(**sizes)}
     if whole:
-        models["ours"] = _features_model(**sizes)
+        models[AT_ONCE] = _features_model(**sizes, cross_attention_chunk_size=None)
     calls = {name: _feature_call(model, inputs, True, True) for name, model in models.items()}
     yield from _rows("perceiver_flash_chunks", calls, True, length, repeats, models)
 

@@ -64,7 +64,7 @@ def latent_maps(model: PreTrainedModel, pixel_values: torch.Tensor, cross_attent
     if cross_attention >= len(places):
         raise ValueError(f"--cross_attention must be below {len(places)}, got {cross_attention}")
     model.set_attn_implementation("eager")  # the only one that gives out its weights
-    model.model.config.cross_attention_chunk_size = None
+    model.model.config.cross_attention_chunk_size = None  # an explicit size refuses maps
     weights = model.eval()(pixel_values=pixel_values, output_attentions=True).attentions[places[cross_attention]]
     weights = weights.mean(dim=1)[..., config.num_zero_tokens :]
     size = pixel_values.shape[1:3] if config.channels_last else pixel_values.shape[2:]

@@ -47,10 +47,10 @@ def test_quick_run(tmp_path):
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
     for provider in ("ours", "ours-peer-widths", "dense-sdpa"):
         assert ("colt5_layer", provider, "forward+backward", 128) in found
-    for provider in ("ours", "ours-chunked", "transformers", "ours-converted"):
+    for provider in ("ours", "ours-at-once", "transformers", "ours-converted"):
         assert ("perceiver_flash_features", provider, "forward+backward", 128) in found
     assert ("perceiver_flash_language", "ours-converted", "forward", 128) in found
-    assert ("perceiver_flash_chunks", "ours-chunked", "forward+backward", 128) in found
+    assert ("perceiver_flash_chunks", "ours", "forward+backward", 128) in found
     for provider in ("ours", "ours-as-llama", "llama"):
         assert ("x_transformer_generate", provider, "8+8", 16) in found
     assert ("x_transformer_memory", "sinks", "forward+backward", 128) in found

@@ -6,6 +6,7 @@ from helpers import assert_within_budget
 from perceiver_flash_models import FEATURES, SIZES, VOCABULARY, build, features, padded
 
 from hf_efficient import PerceiverFlashForCausalLM, PerceiverFlashModel
+from hf_efficient.modeling import perceiver_flash
 
 
 @pytest.mark.parametrize("mask", [None, padded()])
@@ -29,6 +30,24 @@ def test_chunks_change_neither_result_nor_gradients(mask, chunk_size):
     for name, gradient in gradients[0].items():
         expected = gradients[1][name]
         torch.testing.assert_close(gradient, expected, rtol=0, atol=1e-12 * expected.abs().max().item(), msg=name)
+
+
+def test_long_inputs_come_in_chunks_by_themselves(monkeypatch):
+    """Where that costs no time and nobody asks for what chunks do not have."""
+    monkeypatch.setattr(perceiver_flash, "CPU_CHUNK", 4)
+    options = {**FEATURES, "position_embedding_type": "rotary", "implementation": "sdpa"}
+    model, whole = (build(PerceiverFlashModel, **options, cross_attention_chunk_size=size) for size in ("auto", None))
+    assert build(PerceiverFlashModel, **options).config.cross_attention_chunk_size == "auto"
+    sizes = []
+    model.layers[0].register_forward_pre_hook(lambda *call: sizes.append(call[2].get("chunk_size")), with_kwargs=True)
+    expected = whole(inputs=features()).last_hidden_state
+    torch.testing.assert_close(model(inputs=features()).last_hidden_state, expected)
+    model(inputs=features()[:, :4])
+    assert sizes == [4, None]
+    model.set_attn_implementation("eager")
+    output = model(inputs=features(), output_attentions=True)
+    torch.testing.assert_close(output.last_hidden_state, expected)
+    assert sizes == [4, None, None] and output.attentions[0].shape[-1] == features().shape[1]
 
 
 def test_chunks_of_a_causal_prefix():

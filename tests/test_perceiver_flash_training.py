@@ -176,7 +176,6 @@ from hf_efficient import PerceiverFlashConfig, PerceiverFlashModel
 torch.manual_seed(0)
 config = PerceiverFlashConfig(
     modality="features", input_size=64, hidden_size=64, num_latents=64, num_self_attention_layers=1,
-    cross_attention_chunk_size=16384,
 )
 model = PerceiverFlashModel(config)
 inputs = torch.randn(1, 1048576, 64, requires_grad=True)
