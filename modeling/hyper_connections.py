@@ -11,6 +11,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .rms_norm import RMSNorm
+
 
 class HyperConnection(nn.Module):
     """The weights of one branch, unconstrained (arXiv 2409.19606, Algorithm 2).
@@ -76,7 +78,7 @@ class ManifoldHyperConnection(nn.Module):
         size, streams = config.hidden_size, config.num_residual_streams
         self.streams, self.first = streams, branch_idx % streams
         self.iterations = config.sinkhorn_iterations
-        self.norm = nn.RMSNorm(streams * size, eps=config.rms_norm_eps)
+        self.norm = RMSNorm(streams * size, eps=config.rms_norm_eps)
         self.dynamic = nn.Linear(streams * size, streams * (streams + 2), bias=False)
         self.read_bias = nn.Parameter(torch.empty(streams))
         self.mix_bias = nn.Parameter(torch.empty(streams, streams))

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers import initialization as init
 
+from .rms_norm import RMSNorm
+
 
 class DynamicTanh(nn.Module):
     """`weight · tanh(alpha · x) + bias`, in place of a norm (arXiv 2503.10622)."""
@@ -64,4 +66,4 @@ def block_norm(config) -> nn.Module:
         return LengthNorm(size, config.rms_norm_eps)
     if config.norm_type == "dynamic_tanh":
         return DynamicTanh(size)
-    return nn.RMSNorm(size, eps=config.rms_norm_eps, elementwise_affine=config.norm_type == "rms_norm")
+    return RMSNorm(size, eps=config.rms_norm_eps, elementwise_affine=config.norm_type == "rms_norm")

@@ -6,34 +6,17 @@ PyTorch's own is a dozen operators there, forward and backward, each of which re
 import torch
 from torch import Tensor, nn
 
-from .row_blocks import LEAST, row_blocks, worth_blocks
+from .row_blocks import row_blocks, worth_blocks
 
 
 class RMSNorm(nn.RMSNorm):
     """`x / sqrt(mean(x²) + eps) · weight`: `torch.nn.RMSNorm`, faster where many rows lie on a CPU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if self.weight is None or self.eps is None:
-            return super().forward(hidden_states)
-        if _is_step(hidden_states) and self.weight.dtype == hidden_states.dtype:
-            lengths = torch.linalg.vector_norm(hidden_states, dim=-1, keepdim=True)
-            scale = lengths.square_().div_(hidden_states.shape[-1]).add_(self.eps).rsqrt_()
-            return torch.mul(hidden_states, scale).mul_(self.weight)
-        if not worth_blocks(hidden_states):
+        if self.weight is None or self.eps is None or not worth_blocks(hidden_states):
             return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return _BlockedNorm.apply(rows, self.weight, self.eps)[0].view(hidden_states.shape)
-
-
-def _is_step(states: Tensor) -> bool:
-    """Whether these are few numbers on a CPU, and without gradients: decoding waits for its small operations."""
-    return (
-        not torch.is_grad_enabled()
-        and states.device.type == "cpu"
-        and states.dtype in (torch.float32, torch.float64)
-        and states.numel() < LEAST
-        and not torch.compiler.is_compiling()
-    )
 
 
 class _BlockedNorm(torch.autograd.Function):

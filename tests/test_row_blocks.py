@@ -59,21 +59,6 @@ def test_the_norm_is_torchs(dtype):
     assert_same(call(norm), call(plain), [states(dtype), torch.rand(WIDTH).to(dtype)])
 
 
-@dtypes
-def test_the_norm_of_a_step_of_decoding_is_torchs(dtype):
-    """Without gradients, few rows take fewer operations; zeros and tiny rows still meet the epsilon."""
-    norm, plain = (kind(WIDTH, eps=1e-6).to(dtype) for kind in (RMSNorm, nn.RMSNorm))
-    with torch.no_grad():
-        for module in (norm, plain):
-            module.weight.copy_(torch.linspace(0.5, 2, WIDTH))
-        rows = torch.cat(
-            [states(dtype)[:1, :4], states(dtype)[:1, :1] * 1e-3, torch.zeros(1, 1, WIDTH, dtype=dtype)], 1
-        )
-        exact = nn.functional.rms_norm(rows.double(), (WIDTH,), norm.weight.double(), 1e-6)
-        assert_within_budget(norm(rows), exact, plain(rows), "normed rows")
-        assert (norm(rows)[:, -1] == 0).all()
-
-
 def test_a_row_of_zeros_has_a_gradient():
     rows = states()
     rows[0, 3] = 0
