@@ -64,8 +64,6 @@ def fused_attention(
     With `return_lse` also the logarithms of the denominators `[B, H, N]`, else None.
     """
     scale, bias, softcap, memory_key, memory_value, sinks, dropout = extras
-    if _is_plain_step(query, key, value, visibility, extras, backend, return_lse):
-        return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True), None
     memory = {"memory_key": memory_key, "memory_value": memory_value}
     shared = {"scale": scale, "softcap": softcap, "dropout_p": dropout, "backend": backend, **bias}
     shared |= {"window": visibility.window, "key_lengths": visibility.key_lengths}
@@ -83,21 +81,20 @@ def fused_attention(
     return merge_attention([seen.output, rest.output], [seen.lse, rest.lse])
 
 
-def _is_plain_step(query, key, value, visibility, extras, backend, return_lse) -> bool:
-    """Whether one query sees all keys and nothing else takes part: the step of decoding that has to be quick.
+def plain_step(query: Tensor, key: Tensor, value: Tensor, scale: float) -> Tensor:
+    """As `fused_attention` where `is_plain_step`, and nothing but queries, keys and values takes part.
 
     `flash_attention` does the same behind checks that take longer than the sum itself.
     """
+    return nn.functional.scaled_dot_product_attention(query, key, value, scale=scale, enable_gqa=True)
+
+
+def is_plain_step(query: Tensor, key: Tensor, visibility: Visibility) -> bool:
+    """Whether one query sees all keys: the step of decoding that has to be quick."""
     return (
         query.shape[2] == 1
         and query.device.type == "cpu"
-        and backend == "auto"
-        and not return_lse
         and key.shape[2] > 0
-        and query.shape[3] == value.shape[3]
-        and not extras.bias
-        and extras[2:6] == (None, None, None, None)
-        and extras.dropout == 0.0
         and (visibility.causal or visibility.window is None)
         and (visibility.window is None or visibility.window[0] is None or key.shape[2] <= visibility.window[0] + 1)
         and visibility[2:] == (None, None, None)

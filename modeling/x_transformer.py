@@ -111,6 +111,8 @@ class XTransformerModel(XTransformerPreTrainedModel):
         self.position_bias = make_position_bias(config)
         self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
         self.norm = block_norm(config) if config.final_norm else nn.Identity()
+        # Read once: these are several fields each, and a field costs as much as a small operation.
+        self.cache_kind, self.keeps_prefix = config.layer_types[0], config.keeps_prefix
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -182,7 +184,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             position_ids = rows.unpack("position_ids", position_ids)
             attention_mask = rows.mask.long()
         check_inputs(input_ids, inputs_embeds, self.embed_tokens)
-        check_cache(past_key_values, config)
+        check_cache(past_key_values, config, self.cache_kind)
         if config.add_cross_attention and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given to a model with add_cross_attention=True, got None")
         if inputs_embeds is None:
@@ -220,6 +222,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             "rotary": self._rotary(query_position_ids, position_ids),
             "encoder_rotary": self._encoder_rotary(query_position_ids, encoder_hidden_states, encoder_position_ids),
             "position_bias": self.position_bias,
+            "written_out": config._attn_implementation == "eager",
             CACHE: past_key_values,
             "padding": padding,
             "recalled": recalled,
@@ -277,7 +280,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
         count = self.config.num_prefix_tokens + prepended.shape[1]
         is_first, first_length = True, length
-        if past_key_values is not None and self.config.keeps_prefix:
+        if past_key_values is not None and self.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers
             is_first = layers[0].first_length == 0
             for layer in layers if is_first else ():

@@ -10,7 +10,14 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from .attention_gates import HeadGate, ValueGate
 from .query_key_norms import make_query_key_norms
 from .rotary_embedding import Tables, rotate, rotate_both
-from .softmax_attention import Extras, Visibility, fused_attention, written_out_attention
+from .softmax_attention import (
+    Extras,
+    Visibility,
+    fused_attention,
+    is_plain_step,
+    plain_step,
+    written_out_attention,
+)
 from .zero_linear import ZeroLinear
 
 
@@ -72,6 +79,10 @@ class XTransformerAttention(nn.Module):
         # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
         self.softcap, self.backend = config.attn_logit_softcapping, config.kernel_backend
         self.penalised = bool(config.attention_z_loss_coef)
+        self.mixes_scores = self.adds_scores or self.mix_scores is not None or self.mix_weights is not None
+        others = (self.memory_key, self.sinks, self.softcap)
+        self.is_plain = all(other is None for other in others) and not (self.zero_sink or self.mixes_scores)
+        self.is_plain &= not self.penalised and self.backend == "auto" and self.head_dim == self.value_head_dim
 
     def set_initial_values(self) -> None:
         if self.memory_key is not None:
@@ -93,6 +104,7 @@ class XTransformerAttention(nn.Module):
         layer_idx: int,
         rotary: tuple[Tables, Tables] | None = None,
         position_bias: nn.Module | None = None,
+        written_out: bool = False,
         past_key_values: Cache | None = None,
     ) -> Attended:
         """Attend from `hidden_states` `[B, N, C]` to itself, or to `source` `[B, K, E]`.
@@ -105,6 +117,7 @@ class XTransformerAttention(nn.Module):
             layer_idx: which step of the stack this is, and so its place in the cache.
             rotary: tables for queries and keys, or None.
             position_bias: gives the bias of the scores, see position_bias.py; or None.
+            written_out: compute all weights, and return them.
             past_key_values: the cache, or None.
         """
         query, key, value, raw_value = self._project_in(
@@ -112,9 +125,12 @@ class XTransformerAttention(nn.Module):
         )
         if visibility.key_mask is not None and visibility.key_mask.shape[1] != key.shape[2]:
             visibility = visibility._replace(key_mask=_fit(visibility.key_mask, key.shape[2]))
+        plain = self.is_plain and position_bias is None and not (written_out or self.training)
+        if plain and is_plain_step(query, key, visibility):
+            output = plain_step(query, key, value, self.scaling)
+            return Attended(self._project_out(output, hidden_states), None, raw_value, None, None)
         extras = self._extras(query, key, position_bias)
-        mixes = self.adds_scores or self.mix_scores is not None or self.mix_weights is not None
-        if mixes or self.config._attn_implementation == "eager":
+        if self.mixes_scores or written_out:
             previous = previous_scores if self.adds_scores else None
             output, weights, scores, lse = written_out_attention(
                 query, key, value, visibility, extras, previous, self.mix_scores, self.mix_weights

@@ -7,8 +7,8 @@ from .softmax_attention import Visibility
 from .x_transformer_embeddings import Prefix, insert_prefix
 
 
-def check_cache(past_key_values, config) -> None:
-    """A cache of the right layers, for a model that can use one.
+def check_cache(past_key_values, config, kind: str) -> None:
+    """A cache of layers of this kind, for a model that can use one.
 
     Raises:
         ValueError: otherwise.
@@ -18,7 +18,6 @@ def check_cache(past_key_values, config) -> None:
     if not config.is_decoder:
         raise ValueError("past_key_values needs is_decoder=True, got an encoder, whose tokens all see each other")
     cache = getattr(past_key_values, "self_attention_cache", past_key_values)
-    kind = config.layer_types[0]
     if kind != "full_attention_with_prefix":
         return
     # By name: the cache may have been made by another copy of this code.

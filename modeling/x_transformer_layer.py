@@ -54,10 +54,8 @@ class Branch(nn.Module):
         self.factor, self.layerdrop = factor, config.of_branch("layerdrop", branch_idx)
         self.shift = config.of_branch("shift_tokens", branch_idx)
 
-    def read(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor] | None]:
+    def read(self, hidden_states: torch.Tensor) -> tuple[torch.Tensor, tuple[torch.Tensor, torch.Tensor]]:
         """x `[B, N, C]`, and what `add` needs of a hyper-connection."""
-        if self.hyper_connection is None:
-            return hidden_states, None
         inputs, *mixed = self.hyper_connection(hidden_states)
         return inputs, tuple(mixed)
 
@@ -120,6 +118,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
         rotary=None,
         encoder_rotary=None,
         position_bias: nn.Module | None = None,
+        written_out: bool = False,
         past_key_values=None,
         padding: torch.Tensor | None = None,
         recalled: Recalled | None = None,
@@ -131,13 +130,13 @@ class XTransformerLayer(GradientCheckpointingLayer):
             layer_idx: the place of this step in the cache.
             padding: `[B, N]`, nonzero at real tokens, for the token shift; or None.
             recalled: the memory of the segments before, or None.
-            visibility, rotary, position_bias, past_key_values: see `XTransformerAttention.forward`;
+            visibility, rotary, position_bias, written_out, past_key_values: see `XTransformerAttention.forward`;
                 `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
         for kind, name in self.branch_names:
             function, branch = getattr(self, name), getattr(self, f"{name}_branch")
-            entered, mixed = branch.read(hidden_states)
+            entered, mixed = (hidden_states, None) if branch.hyper_connection is None else branch.read(hidden_states)
             inputs = branch.norm(entered)
             if branch.shift:
                 inputs = self._shifted(inputs, branch.shift, name, past_key_values, layer_idx, padding)
@@ -153,6 +152,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     layer_idx=layer_idx,
                     rotary=rotary,
                     position_bias=position_bias,
+                    written_out=written_out,
                     past_key_values=past_key_values,
                 )
                 if self.carries:
@@ -168,6 +168,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
                     visibility=encoder_visibility,
                     layer_idx=layer_idx,
                     rotary=encoder_rotary,
+                    written_out=written_out,
                     past_key_values=past_key_values,
                 )
                 if self.carries:
