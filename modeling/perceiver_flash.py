@@ -51,8 +51,8 @@ from .positions import SinusoidalPositionEmbedding
 from .rotary import rotary_tables
 
 
-# Keys and values of so many inputs, 512 wide, are 32 MiB.
-CPU_CHUNK = 8192
+# Keys and values of so many inputs, 512 wide, are 16 MiB; 1,024 to 16,384 take the same time, more take more memory.
+CPU_CHUNK = 4096
 
 
 class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
