@@ -51,8 +51,9 @@ from .positions import SinusoidalPositionEmbedding
 from .rotary import rotary_tables
 
 
-# Keys and values of so many inputs, 512 wide, are 16 MiB; 1,024 to 16,384 take the same time, more take more memory.
-CPU_CHUNK = 4096
+# Numbers of keys and values of a row that a CPU reads at a time: 16 MiB, 4,096 inputs if both are 512 wide. There,
+# 1,024 to 16,384 take the same time, and more take more memory; narrow ones of few numbers wait for their calls.
+CPU_CHUNK = 2**22
 
 
 class PerceiverFlashPreTrainedModel(CheckedPreTrainedModel):
@@ -341,7 +342,10 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         config = self.config
         if config.is_decoder or config._attn_implementation != "sdpa" or kwargs.get("output_attentions"):
             return None
-        return CPU_CHUNK if states.device.type == "cpu" and not torch.compiler.is_compiling() else None
+        if states.device.type != "cpu" or torch.compiler.is_compiling():
+            return None
+        numbers = config.num_cross_attention_heads * (config.cross_head_dim + config.cross_value_head_dim)
+        return max(CPU_CHUNK // numbers, 1)
 
     def _rotary(self, positions, size):
         return rotary_tables(positions, size, self.config.rotary_emb_base) if size else None
