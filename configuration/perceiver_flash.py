@@ -103,8 +103,8 @@ class PerceiverFlashConfig(SelfContainedConfig):
         latent_drop (`float`, defaults to 0): the part of the latents that a training step leaves out.
         cross_attention_chunk_size (`int`, *optional*, defaults to `"auto"`): read the input in pieces of this many
             positions, so that keys and values of the whole input are never in memory at once; None reads it at once.
-            Changes memory, not results. `"auto"` takes pieces where they are known to cost no time: on a CPU,
-            outside of `torch.compile`, if nobody asks for attention maps.
+            Changes memory, not results. `"auto"` takes pieces on a CPU, outside of `torch.compile`, if nobody asks for
+            attention maps: time is the same for wide keys and values (docs/perceiver_flash.md).
 
         pooling (`str`, defaults to `"mean"`): how the latents become one vector: their `"mean"`, the `"first"`, all
             behind one another (`"concat"`); or `"query"`: one learned query reads them (arXiv 2107.14795).

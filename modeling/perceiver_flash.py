@@ -52,7 +52,7 @@ from .rotary import rotary_tables
 
 
 # Numbers of keys and values of a row that a CPU reads at a time: 16 MiB, 4,096 inputs if both are 512 wide. There,
-# 1,024 to 16,384 take the same time, and more take more memory; narrow ones of few numbers wait for their calls.
+# 1,024 to 16,384 at a time took as long as each other, and the more, the more memory.
 CPU_CHUNK = 2**22
 
 
@@ -338,7 +338,7 @@ class PerceiverFlashModel(PerceiverFlashPreTrainedModel):
         return layer(hidden_states, context.states, attention_mask=mask, layer_past=layer_past, **arguments)
 
     def _automatic_chunk_size(self, states, kwargs) -> int | None:
-        """Pieces are no slower on a CPU (docs/perceiver_flash.md); where that is not known, all is read at once."""
+        """Pieces on a CPU, where they were measured (docs/perceiver_flash.md); elsewhere all is read at once."""
         config = self.config
         if config.is_decoder or config._attn_implementation != "sdpa" or kwargs.get("output_attentions"):
             return None

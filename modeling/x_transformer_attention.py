@@ -44,7 +44,7 @@ class XTransformerAttention(nn.Module):
 
     def __init__(self, config, layer_idx: int, is_cross_attention: bool = False):
         super().__init__()
-        self.config, self.is_cross_attention = config, is_cross_attention
+        self.is_cross_attention = is_cross_attention
         self.head_dim, self.value_head_dim = config.head_dim, config.value_head_dim
         heads, key_value_heads = config.num_attention_heads, config.num_key_value_heads
         size = config.hidden_size

@@ -33,7 +33,7 @@ def test_chunks_change_neither_result_nor_gradients(mask, chunk_size):
 
 
 def test_long_inputs_come_in_chunks_by_themselves(monkeypatch):
-    """Where that costs no time and nobody asks for what chunks do not have."""
+    """On a CPU, if nobody asks for what chunks do not have."""
     numbers = build(PerceiverFlashModel, **FEATURES).layers[0].attention.k_proj.out_features * 2
     monkeypatch.setattr(perceiver_flash, "CPU_CHUNK", 4 * numbers)
     options = {**FEATURES, "position_embedding_type": "rotary", "implementation": "sdpa"}

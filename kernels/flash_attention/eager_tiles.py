@@ -22,7 +22,7 @@ ROWS, LEAST_ROWS = 256, 16
 TILE = {"cpu": 2**19}
 TILE_ELSEWHERE = 2**24
 # Below the rounding of every sum that holds the largest weight, 1, and far enough above the least normal number that
-# products with it stay normal, too: of those that do not, processors make some ten times fewer.
+# products with it stay normal, too: processors are slow with those that do not (docs/kernels/flash_attention.md).
 LEAST_EXPONENT = -100.0
 
 
