@@ -9,9 +9,10 @@ Its light attention reaches two tokens, so nothing but the heavy branch, in whic
 asked, can carry the value to where it is needed. With `static_routing` (the paper's control, section 4.4) these 32 are
 evenly spaced, and the last token is always one of them. All else is the same for both: weights from the same seed,
 data, and a training that begins with 32 tokens, all of which are routed, and goes on to a greater length once held-out
-sequences of one are solved (97 %), or after a number of steps; the last stage, of 4,096 tokens, always has all of its
-own. The first lengths grow slowly, since a router learns from the tokens that it routes alone: with lengths doubled
-from the start seed 0 ended at 61 %.
+sequences of one are solved (99.5 % at first, then 97 %), or after a number of steps; the last stage, of 4,096 tokens,
+always has all of its own. The first lengths grow slowly, since a router learns from the tokens that it routes alone:
+with lengths doubled from the start seed 0 ended at 61 %. At 32 tokens nearly all must be right, since a key that the
+model does not know yet is not learned any more once it is routed too rarely: with 97 % there seed 3 ended at 90 %.
 
 Each finished run appends its rows to docs/benchmarks/colt5_recall.csv, and what it routed in the first held-out
 sequence to colt5_recall_positions.csv. A run that has its rows already is left out: an interrupted experiment goes on,
@@ -51,8 +52,9 @@ STAGES = (
     (2048, 100, 1.5e-3),
     (4096, 80, 1e-3),
 )
-SOLVED, STEPS_BETWEEN_EVALUATIONS, WARM_UP_STEPS = 0.97, 20, 50
-EVALUATION_TOKENS, FINAL_SEQUENCES = 1 << 17, 128
+SOLVED_AT_FIRST, SOLVED = 0.995, 0.97
+STEPS_BETWEEN_EVALUATIONS, WARM_UP_STEPS = 20, 50
+EVALUATION_TOKENS, EVALUATION_SEQUENCES, FINAL_SEQUENCES = 1 << 16, 512, 128
 EVALUATION_SEED = 7
 ROLES = ("queries", "keys", "feed_forward")
 
@@ -104,7 +106,7 @@ def evaluate(model: RecallModel, length: int, sequences: int) -> dict[str, float
     generator = torch.Generator().manual_seed(EVALUATION_SEED)
     right, routed, done = 0, 0, 0
     while done < sequences:
-        rows = min(sequences - done, max(EVALUATION_TOKENS // 4 // length, 1))
+        rows = min(sequences - done, max(EVALUATION_TOKENS // 2 // length, 1))
         batch = draw_batch(rows, length, generator)
         logits, decisions = model(batch.input_ids)
         right += int((logits.argmax(-1) == batch.answers).sum())
@@ -141,6 +143,7 @@ def run(routing: str, seed: int, stages=STAGES) -> tuple[list[dict], list[dict]]
     step, curve = 0, []
     for length, steps, learning_rate in stages:
         last, losses = length == stages[-1][0], []
+        solved = SOLVED_AT_FIRST if length == stages[0][0] else SOLVED
         for number in range(1, steps + 1):
             for group in optimizer.param_groups:
                 fading = 1 - 0.9 * number / steps if last else 1.0
@@ -154,10 +157,10 @@ def run(routing: str, seed: int, stages=STAGES) -> tuple[list[dict], list[dict]]
             step += 1
             losses.append(loss.item())
             if number % STEPS_BETWEEN_EVALUATIONS == 0 or number == steps:
-                found = evaluate(model, length, max(min(EVALUATION_TOKENS // length, 128), 1))
+                found = evaluate(model, length, max(min(EVALUATION_TOKENS // length, EVALUATION_SEQUENCES), 1))
                 curve.append({"step": step, "length": length, "loss": sum(losses) / len(losses), "final": 0} | found)
                 losses = []
-                if found["accuracy"] >= SOLVED and not last:
+                if found["accuracy"] >= solved and not last:
                     break
     length = stages[-1][0]
     curve.append({"step": step, "length": length, "loss": curve[-1]["loss"], "final": 1})
