@@ -6,7 +6,7 @@
 #   make bench    speed and memory beside the peer libraries
 #   make matrix   runs what docs/matrix.md is about and writes it anew
 #   make compat   a smoke test of every head at both ends of the supported version ranges
-#   make gpu      on a machine with a GPU: kernel tests and benchmarks, rows to docs/benchmarks/gpu.csv
+#   make gpu      on a machine with a GPU: tests of models and kernels, then benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3
 VENV   := .venv
@@ -44,8 +44,7 @@ compat: $(STAMP)
 	$(RUN) scripts/compat.py
 
 gpu:
-	$(GPU_PYTHON) -m pytest tests/test_*triton*.py
-	$(GPU_PYTHON) -m pytest -m gpu
+	$(GPU_PYTHON) -m pytest -n 8 --dist worksteal tests/test_models_gpu.py
 	$(GPU_PYTHON) scripts/benchmark.py --device cuda
 
 $(STAMP): pyproject.toml constraints.txt

@@ -1,5 +1,6 @@
 """The one place that asks about device, driver, Triton and interpreter."""
 
+import functools
 import logging
 import os
 from contextlib import AbstractContextManager, nullcontext
@@ -71,7 +72,7 @@ def _triton_problem(device_type: str, allow_interpreter: bool) -> str | None:
 
 def _driver_problem() -> str | None:
     try:
-        triton.runtime.driver.active.get_current_target()
+        _current_target()
     except Exception as error:  # each Triton driver fails in its own way; the reason is passed on
         return f"Triton has no live GPU driver ({type(error).__name__}: {error})"
     return None
@@ -106,10 +107,21 @@ def gpu_architecture() -> str:
     """
     if os.environ.get("TRITON_INTERPRET") == "1":
         return "interpreter"
-    target = triton.runtime.driver.active.get_current_target()
+    target = _current_target()
     if target.backend == "hip":
         return "gfx942"
     return "sm_90" if target.backend == "cuda" and target.arch in (90, 100, 103) else "sm_80"
+
+
+def _current_target():
+    driver = triton.runtime.driver.active
+    return _target_of(driver, driver.get_current_device())
+
+
+@functools.lru_cache(maxsize=64)
+def _target_of(driver, device):
+    """Kept: asking the driver takes as long as a launch, and a call asks for each of its tables."""
+    return driver.get_current_target()
 
 
 def device_guard(tensor: Tensor) -> AbstractContextManager:

@@ -104,18 +104,18 @@ def complete(rows: Iterable[Row], common: dict) -> Iterator[Row]:
 
 
 def measure_gpu(arguments) -> None:
-    """All rows of the GPU, written as soon as they are complete."""
+    """All rows of the GPU, each written as soon as it is there."""
     if not torch.cuda.is_available():
         sys.exit("--device cuda: torch sees no GPU here")
     from benchmark_gpu import measure
 
-    benchmark_gate.require_green(["linear_attention", "soft_topk", "flash_attention"])
+    benchmark_gate.require_green(["linear_attention", "soft_topk", "flash_attention"], on_gpu=True)
     device = torch.device("cuda")
     common = provenance("default", arguments.threads) | {"device": torch.cuda.get_device_name(device)}
-    rows = list(complete(measure(device, arguments.lengths, arguments.repeats), common))
     output = arguments.output or FOLDER / "gpu.csv"
-    write_rows(output, merged(read_rows(output) if output.exists() else [], rows))
-    print(f"\n{len(rows)} rows in {output}")
+    for row in complete(measure(device, arguments.lengths, arguments.repeats), common):
+        write_rows(output, merged(read_rows(output) if output.exists() else [], [row]))
+    print(f"\nrows in {output}")
 
 
 def measure(arguments) -> None:

@@ -34,16 +34,21 @@ QUICK_TESTS = {
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }
+# The kernels, compiled. Most of the time goes into compiling, so several processes share the tests.
+GPU_TESTS = {op: [f"tests/test_{op}_triton*.py"] for op in ("linear_attention", "soft_topk", "flash_attention")}
+GPU_OPTIONS = ["-n", "8", "--dist", "worksteal"]
 SOURCES = ("hf_efficient", "configuration", "modeling", "kernels", "tests")
 PASSED = ROOT / ".cache/benchmark/passed"
 
 
-def require_green(ops: list[str], quick: bool = False) -> None:
+def require_green(ops: list[str], quick: bool = False, on_gpu: bool = False) -> None:
     """Run the tests of these operations and models, and end the program if one fails.
 
-    What passed is remembered by a hash of sources, tests and versions, so that only a change runs them again.
+    What passed is remembered by a hash of sources, tests and versions, so that only a change runs them again. On a GPU
+    they are those of the kernels.
     """
-    selected = [test for op in ops for test in (QUICK_TESTS if quick else TESTS)[op]]
+    suite = GPU_TESTS if on_gpu else QUICK_TESTS if quick else TESTS
+    selected = [test for op in ops for test in suite[op]]
     tests = [found for test in selected for found in _matching(test)]
     if not tests:
         return
@@ -53,7 +58,8 @@ def require_green(ops: list[str], quick: bool = False) -> None:
         print(f"tests of {', '.join(ops)}: these sources passed before")
         return
     print(f"tests of {', '.join(ops)}: running", flush=True)
-    command = [sys.executable, "-m", "pytest", "-q", "-x", "-m", "not slow", "-p", "no:cacheprovider", *tests]
+    options = GPU_OPTIONS if on_gpu else ["-m", "not slow"]
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *tests]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
         print(finished.stdout[-4000:], finished.stderr[-2000:], sep="\n", file=sys.stderr)

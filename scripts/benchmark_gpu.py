@@ -3,6 +3,9 @@
 Called by `benchmark.py --device cuda`. The roofline is measured, not read off a data sheet: the copy bandwidth of a
 1 GiB tensor and the rate of an 8192³ product in bfloat16. A row's `roofline` is the least time that its products or
 its inputs and outputs could take at these rates, whichever is more, over the time it took.
+
+An operation is measured twice: as replays of a CUDA graph, which is the device's own time, and under its name with
+`_calls` behind it call by call, as Python makes them. What needs the host in between has the second row alone.
 """
 
 import gc
@@ -15,8 +18,8 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
-from benchmark_gpu_models import measure_decoding, measure_training
-from benchmark_gpu_work import WORK, Work, on_gpu
+from benchmark_gpu_models import measure_decoding, measure_encoders, measure_perceivers, measure_training
+from benchmark_gpu_work import WORK, Work, lengths_of, on_gpu
 from benchmark_measure import ROOT, Row, summary
 
 
@@ -37,12 +40,13 @@ def measure(device: torch.device, lengths: list[int], repeats: int) -> Iterator[
     rates, rows = measure_rates(device, repeats)
     yield from rows
     for works in WORK:
-        for length in lengths:
+        for length in lengths_of(works, lengths, device):
             for work in works(length, device):
                 yield from rows_of(work, device, rates, repeats)
-    for length in lengths:
-        yield from measure_training(length, device, repeats, milliseconds)
-        yield from measure_decoding(length, device, repeats, milliseconds)
+    for length in dict.fromkeys((min(lengths), max(lengths))):
+        for part in (measure_training, measure_decoding, measure_encoders, measure_perceivers):
+            yield from part(length, device, repeats, milliseconds)
+            gc.collect()
     for operation in COLD_OPERATIONS if on_gpu(device) else ():
         yield cold_row(operation)
 
@@ -66,22 +70,50 @@ def measure_rates(device: torch.device, repeats: int) -> tuple[Rates, list[Row]]
 def rows_of(work: Work, device: torch.device, rates: Rates, repeats: int) -> Iterator[Row]:
     """Both modes of one piece of work; none where the provider cannot do it or memory does not suffice."""
     for mode in MODES if work.differentiable else MODES[:1]:
+        call, replay = None, None
         try:
             call = work.prepare(mode == MODES[1])
-            samples = milliseconds(call, device, repeats)
+            samples = {f"{work.name}_calls": milliseconds(call, device, repeats)}
             peak = peak_mib(call, device)
+            replay = captured(call, device)
+            if replay is not None:
+                samples[work.name] = milliseconds(replay, device, repeats)
         except torch.cuda.OutOfMemoryError:
             print(f"{work.name} {work.provider} {mode} {work.length}: out of memory", flush=True)
             continue
         finally:
-            call = None
+            call, replay = None, None
             gc.collect()
         factor = BACKWARD if mode == MODES[1] else 1
         floor = max(factor * work.operations / rates.matrix, (3 if factor > 1 else 1) * work.bytes / rates.bandwidth)
-        row = Row(work.name, work.provider, mode, work.length, **summary(samples), peak_mib=peak, sizes=work.sizes)
-        row.dtype, row.peer = work.dtype, work.peer
-        row.roofline = 1e3 * floor / row.median if work.operations or work.bytes else None
-        yield row
+        for name, times in samples.items():
+            row = Row(name, work.provider, mode, work.length, **summary(times), peak_mib=peak, sizes=work.sizes)
+            row.dtype, row.peer = work.dtype, work.peer
+            row.roofline = 1e3 * floor / row.median if work.operations or work.bytes else None
+            yield row
+
+
+def captured(call: Callable[[], object], device: torch.device) -> Callable[[], object] | None:
+    """The call as a CUDA graph that replays it without Python; None if it cannot do without the host."""
+    if not on_gpu(device):
+        return call
+    try:
+        stream = torch.cuda.Stream(device)
+        stream.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                call()
+        torch.cuda.current_stream(device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            call()
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except RuntimeError as error:  # what torch raises for a copy or a synchronisation while a graph is captured
+        print(f"not as a graph: {str(error).splitlines()[0][:100]}", flush=True)
+        torch.cuda.synchronize(device)
+        return None
+    return graph.replay
 
 
 def milliseconds(call: Callable[[], object], device: torch.device, repeats: int) -> list[float]:

@@ -1,17 +1,21 @@
-"""Whole models on a GPU: tokens per second in training beside GPT-2, and in decoding behind contexts of any length."""
+"""Whole models on a GPU: Performer beside GPT-2 in training and decoding, CoLT5 beside LongT5, both Perceivers."""
 
 from collections.abc import Iterator
 
 import torch
 from benchmark_gpu_work import on_gpu
-from benchmark_measure import Row, summary
+from benchmark_measure import Row, peer_version, summary
+from benchmark_perceiver import WIDTH, ours, perceiver_pytorch
 from torch import nn
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import GPT2Config, GPT2LMHeadModel, LongT5Config, LongT5EncoderModel
 
-from hf_efficient import PerformerConfig, PerformerForCausalLM
+from hf_efficient import CoLT5Config, CoLT5EncoderModel, PerformerConfig, PerformerForCausalLM
 
 
-DECODE_STEPS = 32
+DECODE_STEPS = 16
+INPUTS_PER_TOKEN = 4  # a Perceiver reads four times as many inputs as the others read tokens
+# Rows that keep a GPU busy: with one row the time of either model is Python's.
+ENCODER_ROWS, PERCEIVER_ROWS = 2, 8
 
 
 def models(device: torch.device, positions: int) -> dict[str, nn.Module]:
@@ -58,6 +62,54 @@ def measure_training(length: int, device: torch.device, repeats: int, time) -> I
 
         samples = time(step, device, repeats)
         yield _row("train", name, "forward+backward", length, samples, length, model)
+
+
+def measure_encoders(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
+    """CoLT5 and LongT5 (transient-global) of their papers' base sizes; forward and backward in autocast."""
+    rows = ENCODER_ROWS if on_gpu(device) else 1
+    small = {} if on_gpu(device) else {"num_layers": 1, "d_model": 32, "d_ff": 64, "num_heads": 2, "d_kv": 16}
+    tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
+    longt5 = {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
+    encoders = {
+        "ours": CoLT5EncoderModel(CoLT5Config(**({} if on_gpu(device) else tiny))),
+        "longt5": LongT5EncoderModel(LongT5Config(encoder_attention_type="transient-global", **longt5 | small)),
+    }
+    tokens = torch.randint(3, 64, (rows, length), device=device)
+    for name, model in encoders.items():
+        model.to(device).train()
+        step = _mean_square_step(model, device, lambda model=model: model(input_ids=tokens).last_hidden_state)
+        samples = time(step, device, repeats)
+        yield _row("encoder", name, "forward+backward", length, samples, rows * length, model)
+        model.to("cpu")
+
+
+def measure_perceivers(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
+    """The Perceivers of `benchmark_perceiver.py`; forward and backward in autocast."""
+    length *= INPUTS_PER_TOKEN
+    rows = PERCEIVER_ROWS if on_gpu(device) else 1
+    inputs = torch.randn(rows, length, WIDTH, device=device)
+    models = {"ours": ours(), "perceiver-pytorch": perceiver_pytorch()}
+    for name, model in models.items():
+        model.to(device)
+        run = _reader(model, inputs, name == "ours")
+        samples = time(_mean_square_step(model, device, run), device, repeats)
+        row = _row("perceiver", name, "forward+backward", length, samples, rows * length, model)
+        row.peer = "" if name == "ours" else peer_version(name)
+        yield row
+
+
+def _reader(model, inputs, named):
+    return (lambda: model(inputs=inputs).last_hidden_state) if named else lambda: model(inputs)
+
+
+def _mean_square_step(model, device, run):
+    def step():
+        with torch.autocast(device.type, torch.bfloat16):
+            output = run()
+        output.float().square().mean().backward()
+        model.zero_grad(set_to_none=True)
+
+    return step
 
 
 def measure_decoding(context: int, device: torch.device, repeats: int, time) -> Iterator[Row]:

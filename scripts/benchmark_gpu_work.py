@@ -116,8 +116,8 @@ def plain_linear(length: int, device: torch.device) -> Iterator[Work]:
 
 
 def routing(length: int, device: torch.device) -> Iterator[Work]:
-    """Soft top-k of k = n/16 over 16 rows, 16 times as long as the attention rows."""
-    rows, length = (16, 16 * length) if on_gpu(device) else (2, 64)
+    """Soft top-k of k = n/16 over 16 rows."""
+    rows = 16 if on_gpu(device) else 2
     logits = torch.randn(rows, length, device=device)
     k = length // 16
     common = {"sizes": f"rows {rows} k {k}", "inputs": [logits], "length": length}
@@ -143,7 +143,7 @@ def routing(length: int, device: torch.device) -> Iterator[Work]:
             )
 
 
-def softmax(length: int, device: torch.device) -> Iterator[Work]:
+def softmax(length: int, device: torch.device, only: tuple[str, ...] = ()) -> Iterator[Work]:
     """Our softmax kernel beside SDPA, plain and with what SDPA can only do with an N×M bias: B4 H16 d64."""
     size = _sizes(device, B=4, H=16, D=64)
     inputs = _qkv(device, torch.bfloat16, length, **size)
@@ -160,6 +160,8 @@ def softmax(length: int, device: torch.device) -> Iterator[Work]:
         "window": {"window": (window, 0)},
     }
     for name, chosen in options.items():
+        if only and name not in only:
+            continue
         seen = min(length, 2 * (window + 1)) if name == "window" else length
         common = {"sizes": f"B{size['B']} H{heads} d{size['D']}", "inputs": inputs, "length": length}
         common |= {"operations": 2.0 * rows * seen * size["D"], "bytes": 4.0 * rows * size["D"] * 2}
@@ -202,12 +204,25 @@ def _materialised(name, length, slopes, bias, window, dtype) -> Tensor:
     return mask.masked_fill_(hidden, -torch.inf)
 
 
-WORK = (favor, plain_linear, routing, softmax)
+def long_window(length: int, device: torch.device) -> Iterator[Work]:
+    """The window alone, where nothing quadratic is done any more."""
+    yield from (work for work in softmax(length, device, ("window",)) if work.provider == "ours")
+
+
+WORK = (favor, plain_linear, routing, softmax, long_window)
+# What has lengths of its own, whatever is asked for.
+LENGTHS = {routing: (32768, 262144, 1048576), long_window: (65536,)}
+
+
+def lengths_of(works: Callable, lengths: list[int], device: torch.device) -> list[int]:
+    """The lengths of one kind of work."""
+    return list(LENGTHS.get(works, lengths)) if on_gpu(device) else lengths
 
 
 def first_call(operation: str, device: torch.device) -> Callable[[], object]:
     """Forward and backward of an operation as a user meets it first."""
-    works = {"linear_attention": favor, "soft_topk": routing, "flash_attention": softmax}[operation](1024, device)
+    length = 32768 if operation == "soft_topk" else 1024
+    works = {"linear_attention": favor, "soft_topk": routing, "flash_attention": softmax}[operation](length, device)
     return _unprepared(next(works))
 
 

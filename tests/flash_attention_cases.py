@@ -120,7 +120,7 @@ def operands_of(
         rest.pop("distance_bias", None),
         *(m[None] if m is not None and m.ndim == 3 else m for m in memory),
         rest.pop("sinks", None),
-        torch.tensor([dropout_seed]) if dropout_p else None,
+        torch.tensor([dropout_seed], device=query.device) if dropout_p else None,
     )
     assert not rest, f"unknown options: {sorted(rest)}"
     return operands, options

@@ -28,10 +28,16 @@ def on_gpu(kind="cuda"):
     return SimpleNamespace(device=torch.device(kind, 0))
 
 
+class Driver:
+    def __init__(self, target):
+        self.get_current_target = target
+
+    def get_current_device(self):
+        return 0
+
+
 def live_triton(target=lambda: "cuda:90"):
-    return SimpleNamespace(
-        runtime=SimpleNamespace(driver=SimpleNamespace(active=SimpleNamespace(get_current_target=target)))
-    )
+    return SimpleNamespace(runtime=SimpleNamespace(driver=SimpleNamespace(active=Driver(target))))
 
 
 @pytest.mark.parametrize("name", ["cuda", "Triton", "", None])

@@ -47,7 +47,12 @@ STATES = {
         (16, ANY): _tiles(4, 1, 64, 64, 64),
         (32, ANY): _tiles(4, 2, 32, 32, 32),
     },
-    "sm_90": {(16, ANY): _tiles(4, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
+    "sm_90": {
+        (16, 64): _tiles(4, 3, 64, 64, 64),
+        (16, 128): _tiles(4, 3, 64, 64, 128),
+        (16, ANY): _tiles(4, 2, 64, 64, 64),
+        (32, ANY): _tiles(4, 2, 32, 32, 32),
+    },
     "gfx942": {(16, ANY): _tiles(4, 1, 64, 64, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
     "interpreter": _INTERPRETER,
 }
@@ -59,7 +64,8 @@ OUTPUTS = {
         (32, ANY): _tiles(4, 1, 32, 32, 32),
     },
     "sm_90": {
-        (16, 64): _tiles(4, 2, 64, 64, 64),
+        (16, 64): _tiles(4, 3, 64, 32, 64),
+        (16, 128): _tiles(4, 2, 64, 64, 128),
         (16, ANY): _tiles(4, 2, 64, 32, 64),
         (32, ANY): _tiles(4, 2, 32, 32, 32),
     },
@@ -82,12 +88,19 @@ STATE_GRADIENTS = {
         (16, ANY): _tiles(4, 1, 64, 64, 64),
         (32, ANY): _tiles(4, 2, 32, 32, 32),
     },
-    "sm_90": {(16, ANY): _tiles(8, 2, 64, 64, 64), (32, ANY): _tiles(4, 2, 32, 32, 32)},
+    "sm_90": {
+        (16, 64): _tiles(8, 3, 64, 128, 64),
+        (16, 128): _tiles(4, 3, 64, 64, 64),
+        (16, ANY): _tiles(8, 2, 64, 64, 64),
+        (32, ANY): _tiles(4, 2, 32, 32, 32),
+    },
     "gfx942": {(16, ANY): _tiles(4, 1, 64, 64, 64), (32, ANY): _tiles(4, 1, 32, 32, 32)},
     "interpreter": _INTERPRETER,
 }
 
-VALUE_GRADIENTS = OUTPUTS
+VALUE_GRADIENTS = OUTPUTS | {
+    "sm_90": OUTPUTS["sm_90"] | {(16, 64): _tiles(4, 2, 64, 64, 64), (16, 128): _tiles(4, 3, 64, 64, 128)}
+}
 
 FEATURE_GRADIENTS = {
     "sm_80": {
@@ -95,9 +108,12 @@ FEATURE_GRADIENTS = {
         (16, ANY): _tiles(8, 1, 64, 32, 64, BLOCK_OUT=128),
         (32, ANY): _tiles(4, 1, 32, 32, 32, BLOCK_OUT=64),
     },
+    # Not fewer features: this kernel computes operands `[CHUNK, BLOCK_FEATURES]` for the right of a product, and with
+    # rows of less than 128 bytes Triton 3.6 gives wrong sums or reads elsewhere on Hopper.
     "sm_90": {
-        (16, 64): _tiles(8, 1, 64, 16, 64, BLOCK_OUT=64),
-        (16, ANY): _tiles(8, 1, 64, 32, 64, BLOCK_OUT=128),
+        (16, 64): _tiles(4, 2, 64, 64, 64, BLOCK_OUT=64),
+        (16, 128): _tiles(4, 1, 64, 64, 64, BLOCK_OUT=64),
+        (16, ANY): _tiles(8, 1, 64, 64, 64, BLOCK_OUT=128),
         (32, ANY): _tiles(4, 1, 32, 32, 32, BLOCK_OUT=64),
     },
     "gfx942": {

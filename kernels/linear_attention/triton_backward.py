@@ -2,8 +2,8 @@
 
 1. `triton_states.states`: the sums `S`, `z` before each chunk once more (causal).
 2. `triton_state_gradients.state_gradients`: their gradients `dS`, `dz` after each chunk, from the end to the start.
-3. `triton_state_gradients.value_gradients`, `triton_feature_gradients.feature_gradients`: everything else, chunk by
-   chunk. A bidirectional call has one state for all, and goes over queries and keys one after the other.
+3. `triton_state_gradients.value_gradients`, and `triton_feature_gradients.feature_gradients` for queries and for keys:
+   everything else, chunk by chunk.
 """
 
 from torch import Tensor
@@ -54,12 +54,8 @@ def backward(
     of_value = value_gradients(
         query, key, gradient, tensors, mask, rows, found, end.log_scale, kept[0], of_keys, causal
     )
-    common = query, key, value, gradient, tensors, mask, (products, *rows, *found), (read.log_scale, end.log_scale)
-    sums = *read[:2], *kept
-    if causal:
-        of_query, of_key, *of_parameters = feature_gradients(*common, sums, of_queries, True, True, True, wanted)
-    else:
-        of_query, _, *from_query = feature_gradients(*common, sums, of_queries, False, True, False, wanted)
-        _, of_key, *from_key = feature_gradients(*common, sums, of_keys, False, False, True, wanted)
-        of_parameters = [None if a is None else a + b for a, b in zip(from_query, from_key, strict=True)]
+    common = query, key, value, gradient, tensors, mask, (products, *rows, *found)
+    of_query, *from_query = feature_gradients(True, *common, read.log_scale, read[:2], of_queries, causal, wanted)
+    of_key, *from_key = feature_gradients(False, *common, end.log_scale, kept, of_keys, causal, wanted)
+    of_parameters = [None if a is None else a + b for a, b in zip(from_query, from_key, strict=True)]
     return of_query, of_key, of_value, *of_start, *of_parameters

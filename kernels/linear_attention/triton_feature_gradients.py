@@ -1,15 +1,19 @@
 """Linear attention on GPUs, second half of the backward pass: gradients of queries, keys, projection and bias.
 
-One program for a chunk
+One launch for the queries and one for the keys: both at once need more registers than a thread has. There one program
+for a chunk
 
-1. forms the gradient of the chunk's square, `dA_ij = (g_i·v_j - δ_i) exp(s_j - m_i) / n_i` for `j ≤ i`, and its
-   transpose;
-2. for each tile of features computes `φ(q)`, `φ(k)` and their gradients,
-   `dφ(q) = dA φ(k) + r (g Sᵀ - δ z)` and `dφ(k) = dAᵀ φ(q) + exp(s - m₁) (v dSᵀ + dz)`;
+1. forms the gradient of the chunk's square, `dA_ij = (g_i·v_j - δ_i) exp(s_j - m_i) / n_i` for `j ≤ i`, or its
+   transpose for keys;
+2. for each tile of features computes `φ(q)`, `φ(k)` and the gradient of one,
+   `dφ(q) = dA φ(k) + r (g Sᵀ - δ z)` or `dφ(k) = dAᵀ φ(q) + exp(s - m₁) (v dSᵀ + dz)`;
 3. goes through the map to the logits. For an exponential map that is `p ∘ (dφ + ε Σ_f dφ)` with `p = φ - ε`, for
    queries because their factor is free, for keys because their scale has the gradient `Σ_f φ_f dφ_f`. The sum over all
    features comes first, without features: those of a key or query sum to `1 + Mε`;
-4. adds up `dq` and `dk` over the tiles, and, where wanted, the gradients of projection and bias in a slot of its own.
+4. adds up `dq` or `dk` over the tiles, and, where wanted, the gradients of projection and bias in a slot of its own.
+
+In the kernel `own` are the rows that the gradient is of, `other` those of the other side; the square is
+`[own, other]`, from `left`, which is `g` for queries and `v` for keys, and `right`, which is the other one.
 """
 
 from torch import Tensor
@@ -22,6 +26,7 @@ from .launch_table import FEATURE_GRADIENTS
 from .triton_features import (
     apply_map,
     derivative_of_map,
+    load_features,
     load_keep,
     load_logits,
     load_scales,
@@ -53,21 +58,21 @@ def _through_map(b_logits, b_features, b_gradient, b_floor, epsilon, m_logits, F
 
 @triton.jit
 def _feature_gradients(
-    p_query, p_key, p_value, p_gradient, p_mask, p_products, p_denominators, p_running, p_query_normalizers,
-    p_key_normalizers, p_scales, p_maxima, p_end_scale, p_states, p_sums, p_gradient_states, p_gradient_sums,
-    p_gradient_query, p_gradient_key, p_gradient_projection, p_gradient_bias,
-    stride_query_batch, stride_query_head, stride_query_row, stride_query_column,
-    stride_key_batch, stride_key_head, stride_key_row, stride_key_column,
-    stride_value_batch, stride_value_head, stride_value_row, stride_value_column,
-    stride_gradient_batch, stride_gradient_head, stride_gradient_row, stride_gradient_column, stride_mask,
+    p_own, p_other, p_left, p_right, p_mask, p_products, p_denominators, p_running, p_own_normalizers,
+    p_other_normalizers, p_scales, p_maxima, p_states, p_sums, p_gradient_own, p_gradient_projection, p_gradient_bias,
+    stride_own_batch, stride_own_head, stride_own_row, stride_own_column,
+    stride_other_batch, stride_other_head, stride_other_row, stride_other_column,
+    stride_left_batch, stride_left_head, stride_left_row, stride_left_column,
+    stride_right_batch, stride_right_head, stride_right_row, stride_right_column, stride_mask,
     p_high, p_low, p_bias, p_table, length, chunks, total, steps, heads, num_features, scale, epsilon,
     CHUNK: tl.constexpr, HEAD: tl.constexpr, VALUES: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_OUT: tl.constexpr, CAUSAL: tl.constexpr,
-    WITH_QUERY: tl.constexpr, WITH_KEY: tl.constexpr, WITH_PROJECTION: tl.constexpr, WITH_BIAS: tl.constexpr,
-    HAS_FLOOR: tl.constexpr, SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    OF_QUERY: tl.constexpr, WITH_PROJECTION: tl.constexpr, WITH_BIAS: tl.constexpr, HAS_FLOOR: tl.constexpr,
+    SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, FUNCTION: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
+    """For queries `p_states`, `p_sums` and `p_maxima` are `S`, `z`, `m₀`; for keys `dS`, `dz` and `m` at the end."""
     i_program = tl.program_id(0)
     out_tiles = tl.cdiv(HEAD, BLOCK_OUT) if HAS_PROJECTION else 1
     i_out = i_program % out_tiles
@@ -84,242 +89,147 @@ def _feature_gradients(
         i_batch, i_sequence, o_start, o_end = locate_chunk(i_chunk, p_table, length, chunks, CHUNK, PACKED)
         o_rows = o_start + tl.arange(0, CHUNK)
         m_rows = o_rows < o_end
-        p_q = p_query + i_batch * stride_query_batch + i_head.to(tl.int64) * stride_query_head
-        p_k = p_key + i_batch * stride_key_batch + i_head.to(tl.int64) * stride_key_head
-        p_v = p_value + i_batch * stride_value_batch + i_head.to(tl.int64) * stride_value_head
-        p_g = p_gradient + i_batch * stride_gradient_batch + i_head.to(tl.int64) * stride_gradient_head
+        p_x = p_own + i_batch * stride_own_batch + i_head.to(tl.int64) * stride_own_head
+        p_y = p_other + i_batch * stride_other_batch + i_head.to(tl.int64) * stride_other_head
+        p_l = p_left + i_batch * stride_left_batch + i_head.to(tl.int64) * stride_left_head
+        p_r = p_right + i_batch * stride_right_batch + i_head.to(tl.int64) * stride_right_head
         o_vector = (i_batch * heads + i_head) * length
         i_state = (i_chunk.to(tl.int64) if CAUSAL else i_sequence) * heads + i_head
         p_s = p_states + i_state * num_features * VALUES
-        p_ds = p_gradient_states + i_state * num_features * VALUES
+        p_z = p_sums + i_state * num_features
 
-        if WITH_QUERY:
-            b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
-            b_products = tl.load(p_products + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
-            b_query_floor = tl.zeros([CHUNK], dtype=tl.float32)
-            b_carried = b_ratios
-            if CAUSAL:
-                b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
-                b_carried = b_ratios * tl.exp(tl.load(p_maxima + i_state) - b_running)
-            b_carried = tl.where(m_rows, b_carried, 0.0)
-            b_gradient_query = tl.zeros([CHUNK, BLOCK_OUT], dtype=tl.float32)
-        if WITH_KEY:
+        if CAUSAL or not OF_QUERY:
             m_keep = load_keep(p_mask, i_batch, o_rows, m_rows, stride_mask, HAS_MASK)
             b_scales = load_scales(p_scales + o_vector, o_rows, m_keep, FUNCTION)  # [CHUNK]
+        if CAUSAL or OF_QUERY:
+            b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
+            b_products = tl.load(p_products + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
+        if CAUSAL:
+            b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
+        if OF_QUERY:
+            m_own = m_rows
+            b_factor = b_ratios  # of what comes from the state: [CHUNK]
+            if CAUSAL:
+                b_factor = b_ratios * tl.exp(tl.load(p_maxima + i_state) - b_running)
+        else:
+            m_own = m_keep
             if CAUSAL:
                 o_last = tl.minimum(o_start + CHUNK, o_end) - 1
                 maximum = tl.load(p_running + o_vector + o_last, mask=o_start < o_end, other=0.0)
             else:
-                maximum = tl.load(p_end_scale + i_state)
-            b_to_end = tl.where(m_keep, tl.exp(b_scales - maximum), 0.0)  # [CHUNK]
-            b_key_floor = tl.zeros([CHUNK], dtype=tl.float32)
-            b_gradient_key = tl.zeros([CHUNK, BLOCK_OUT], dtype=tl.float32)
-            b_gradient_norm = tl.zeros([CHUNK], dtype=tl.float32)
+                maximum = tl.load(p_maxima + i_state)
+            b_factor = tl.exp(b_scales - maximum)
+        b_factor = tl.where(m_own, b_factor, 0.0)
 
         if CAUSAL:
-            b_square = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)  # [query, key]
-            b_transposed = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)  # [key, query]
+            m_other = m_keep if OF_QUERY else m_rows
+            b_square = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)  # [own, other]
             for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
                 o_values = o_value + tl.arange(0, BLOCK_VALUES)
                 m_values = o_values < VALUES
-                b_left = load_tile(
-                    p_g, o_rows, m_rows, o_values, m_values, stride_gradient_row, stride_gradient_column, False
-                ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
+                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
                 b_right = load_tile(
-                    p_v, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, True
-                ).to(OPERAND)  # [BLOCK_VALUES, CHUNK]
-                b_square = tl.dot(b_left, b_right, b_square, input_precision=PRECISION)
-                b_left = load_tile(
-                    p_v, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, False
-                ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
-                b_right = load_tile(
-                    p_g, o_rows, m_rows, o_values, m_values, stride_gradient_row, stride_gradient_column, True
-                ).to(OPERAND)  # [BLOCK_VALUES, CHUNK]
-                b_transposed = tl.dot(b_left, b_right, b_transposed, input_precision=PRECISION)
+                    p_r, o_rows, m_other, o_values, m_values, stride_right_row, stride_right_column, True
+                )  # [BLOCK_VALUES, CHUNK]
+                b_square = tl.dot(b_left.to(OPERAND), b_right.to(OPERAND), b_square, input_precision=PRECISION)
             o_place = tl.arange(0, CHUNK)
-            m_visible = (o_place[None, :] <= o_place[:, None]) & m_keep[None, :] & m_rows[:, None]  # [query, key]
-            b_square = (b_square - b_products[:, None]) * b_ratios[:, None]
-            b_square = weigh(b_square, b_scales[None, :], b_running[:, None], m_visible, FUNCTION)
-            m_visible = (o_place[:, None] <= o_place[None, :]) & m_keep[:, None] & m_rows[None, :]  # [key, query]
-            b_transposed = (b_transposed - b_products[None, :]) * b_ratios[None, :]
-            b_transposed = weigh(b_transposed, b_scales[:, None], b_running[None, :], m_visible, FUNCTION)
+            if OF_QUERY:
+                m_visible = (o_place[None, :] <= o_place[:, None]) & m_keep[None, :] & m_rows[:, None]
+                b_square = (b_square - b_products[:, None]) * b_ratios[:, None]
+                b_square = weigh(b_square, b_scales[None, :], b_running[:, None], m_visible, FUNCTION)
+            else:
+                m_visible = (o_place[:, None] <= o_place[None, :]) & m_keep[:, None] & m_rows[None, :]
+                b_square = (b_square - b_products[None, :]) * b_ratios[None, :]
+                b_square = weigh(b_square, b_scales[:, None], b_running[None, :], m_visible, FUNCTION)
 
+        b_floor = tl.zeros([CHUNK], dtype=tl.float32)
         if HAS_FLOOR:
             # The sums over all features, of which every tile needs a part.
             sum_of_sums = 0.0
-            sum_of_gradients = 0.0
             for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
                 o_values = o_value + tl.arange(0, BLOCK_VALUES)
                 m_values = o_values < VALUES
-                b_states = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
-                b_gradients = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
+                b_state = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
                 for o_feature in range(0, num_features, BLOCK_FEATURES):
                     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
                     m_features = o_features < num_features
-                    if WITH_QUERY:
-                        b_part = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, False)
-                        b_states += tl.sum(b_part.to(tl.float32), axis=0)
-                        if o_value == 0:
-                            b_total = tl.load(p_sums + i_state * num_features + o_features, mask=m_features, other=0.0)
-                            sum_of_sums += tl.sum(b_total, axis=0)
-                    if WITH_KEY:
-                        b_part = load_tile(p_ds, o_features, m_features, o_values, m_values, VALUES, 1, False)
-                        b_gradients += tl.sum(b_part.to(tl.float32), axis=0)
-                        if o_value == 0:
-                            o_z = i_state * num_features + o_features
-                            b_total = tl.load(p_gradient_sums + o_z, mask=m_features, other=0.0)
-                            sum_of_gradients += tl.sum(b_total, axis=0)
-                if WITH_QUERY:
-                    b_rows = load_tile(
-                        p_g, o_rows, m_rows, o_values, m_values, stride_gradient_row, stride_gradient_column, False
-                    ).to(tl.float32)  # [CHUNK, BLOCK_VALUES]
-                    b_query_floor += tl.sum(b_rows * b_states[None, :], axis=1)
-                if WITH_KEY:
-                    b_rows = load_tile(
-                        p_v, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, False
-                    ).to(tl.float32)  # [CHUNK, BLOCK_VALUES]
-                    b_key_floor += tl.sum(b_rows * b_gradients[None, :], axis=1)
-            whole = 1.0 + num_features * epsilon
-            if WITH_QUERY:
-                b_query_floor = b_carried * (b_query_floor - b_products * sum_of_sums)
-                if CAUSAL:
-                    b_query_floor += whole * tl.sum(b_square, axis=1)
-                b_query_floor *= epsilon
-            if WITH_KEY:
-                b_key_floor = b_to_end * (b_key_floor + sum_of_gradients)
-                if CAUSAL:
-                    b_key_floor += whole * tl.sum(b_transposed, axis=1)
-                b_key_floor *= epsilon
+                    b_part = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, False)
+                    b_state += tl.sum(b_part.to(tl.float32), axis=0)
+                    if o_value == 0:
+                        sum_of_sums += tl.sum(tl.load(p_z + o_features, mask=m_features, other=0.0), axis=0)
+                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
+                b_floor += tl.sum(b_left.to(tl.float32) * b_state[None, :], axis=1)
+            b_floor = b_factor * (b_floor - b_products * sum_of_sums if OF_QUERY else b_floor + sum_of_sums)
+            if CAUSAL:
+                b_floor += (1.0 + num_features * epsilon) * tl.sum(b_square, axis=1)
+            b_floor *= epsilon
         if CAUSAL:
             b_square = to_operand(b_square, OPERAND, PRECISION)
-            b_transposed = to_operand(b_transposed, OPERAND, PRECISION)
 
+        b_gradient_own = tl.zeros([CHUNK, BLOCK_OUT], dtype=tl.float32)
+        b_gradient_norm = tl.zeros([CHUNK], dtype=tl.float32)
         for o_feature in range(0, num_features, BLOCK_FEATURES):
             o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
             m_features = o_features < num_features
-            if HAS_PROJECTION:  # [BLOCK_FEATURES, BLOCK_OUT]
-                b_projection = load_tile(p_high, o_features, m_features, o_out, m_out, HEAD, 1, False).to(OPERAND)
-            if WITH_QUERY:
-                b_query_logits = load_logits(
-                    p_q, o_rows, m_rows, stride_query_row, stride_query_column, p_high, p_low, p_bias, o_feature,
-                    num_features, scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, HAS_PROJECTION, HAS_BIAS,
-                    SPLIT, PRECISION,
+            b_gradient = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
+            for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
+                o_values = o_value + tl.arange(0, BLOCK_VALUES)
+                m_values = o_values < VALUES
+                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
+                b_s = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, True)
+                b_s = to_operand(b_s, OPERAND, PRECISION)  # [BLOCK_VALUES, BLOCK_FEATURES]
+                b_gradient = tl.dot(b_left.to(OPERAND), b_s, b_gradient, input_precision=PRECISION)
+            b_z = tl.load(p_z + o_features, mask=m_features, other=0.0)[None, :]
+            b_gradient = (b_gradient - b_products[:, None] * b_z if OF_QUERY else b_gradient + b_z) * b_factor[:, None]
+            if CAUSAL:
+                b_other = load_features(
+                    p_y, o_rows, m_other, stride_other_row, stride_other_column, p_other_normalizers + o_vector,
+                    p_high, p_low, p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD,
+                    BLOCK_FEATURES, False, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
                 )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
-                b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
-                if FUNCTION == "exponential":
-                    b_normalizer = tl.load(p_query_normalizers + o_vector + o_rows, mask=m_rows, other=0.0)
-                b_query = apply_map(b_query_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION)
-            if WITH_KEY:
-                b_key_logits = load_logits(
-                    p_k, o_rows, m_keep, stride_key_row, stride_key_column, p_high, p_low, p_bias, o_feature,
-                    num_features, scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, HAS_PROJECTION, HAS_BIAS,
-                    SPLIT, PRECISION,
-                )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
-                b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
-                if FUNCTION == "exponential":
-                    b_normalizer = tl.load(p_key_normalizers + o_vector + o_rows, mask=m_keep, other=0.0)
-                b_key = apply_map(b_key_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION)
-
-            if WITH_QUERY:
-                b_gradient = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
-                for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
-                    o_values = o_value + tl.arange(0, BLOCK_VALUES)
-                    m_values = o_values < VALUES
-                    b_g = load_tile(
-                        p_g, o_rows, m_rows, o_values, m_values, stride_gradient_row, stride_gradient_column, False
-                    ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
-                    b_s = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, True)
-                    b_s = to_operand(b_s, OPERAND, PRECISION)
-                    b_gradient = tl.dot(b_g, b_s, b_gradient, input_precision=PRECISION)
-                b_z = tl.load(p_sums + i_state * num_features + o_features, mask=m_features, other=0.0)
-                b_gradient = (b_gradient - b_products[:, None] * b_z[None, :]) * b_carried[:, None]
-                if CAUSAL:
-                    b_gradient = tl.dot(
-                        b_square, to_operand(b_key, OPERAND, PRECISION), b_gradient, input_precision=PRECISION
-                    )
-                b_gradient = _through_map(
-                    b_query_logits,
-                    b_query,
-                    b_gradient,
-                    b_query_floor,
-                    epsilon,
-                    m_rows[:, None] & m_features[None, :],
-                    FUNCTION,
-                )
-                b_operand = to_operand(b_gradient, OPERAND, PRECISION)
-                if HAS_PROJECTION:
-                    b_gradient_query = tl.dot(b_operand, b_projection, b_gradient_query, input_precision=PRECISION)
-                else:
-                    o_store = (o_vector + o_rows)[:, None] * HEAD + o_features[None, :]
-                    b_store = (scale * b_gradient).to(p_gradient_query.dtype.element_ty)
-                    tl.store(p_gradient_query + o_store, b_store, mask=m_rows[:, None] & m_features[None, :])
-                if WITH_PROJECTION:
-                    b_x = load_tile(p_q, o_rows, m_rows, o_out, m_out, stride_query_row, stride_query_column, True)
-                    b_x = tl.dot(b_x.to(OPERAND), b_operand, input_precision=PRECISION) * scale
-                    o_add = o_out[:, None] + o_features[None, :] * HEAD  # [BLOCK_OUT, BLOCK_FEATURES]
-                    tl.atomic_add(p_gradient_projection + o_add, b_x, mask=m_out[:, None] & m_features[None, :])
-                if WITH_BIAS:
-                    b_x = tl.sum(b_gradient, axis=0)  # [BLOCK_FEATURES]
-                    if i_out == 0:
-                        tl.atomic_add(p_gradient_bias + o_features, b_x, mask=m_features)
-            if WITH_KEY:
-                b_gradient = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
-                for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
-                    o_values = o_value + tl.arange(0, BLOCK_VALUES)
-                    m_values = o_values < VALUES
-                    b_v = load_tile(
-                        p_v, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, False
-                    ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
-                    b_s = load_tile(p_ds, o_features, m_features, o_values, m_values, VALUES, 1, True)
-                    b_gradient = tl.dot(b_v, b_s, b_gradient, input_precision=PRECISION)
-                b_z = tl.load(p_gradient_sums + i_state * num_features + o_features, mask=m_features, other=0.0)
-                b_gradient = (b_gradient + b_z[None, :]) * b_to_end[:, None]
-                if CAUSAL:
-                    b_gradient = tl.dot(
-                        b_transposed, to_operand(b_query, OPERAND, PRECISION), b_gradient, input_precision=PRECISION
-                    )
-                b_gradient = _through_map(
-                    b_key_logits,
-                    b_key,
-                    b_gradient,
-                    b_key_floor,
-                    epsilon,
-                    m_keep[:, None] & m_features[None, :],
-                    FUNCTION,
-                )
-                b_operand = to_operand(b_gradient, OPERAND, PRECISION)
+                b_other = to_operand(b_other, OPERAND, PRECISION)
+                b_gradient = tl.dot(b_square, b_other, b_gradient, input_precision=PRECISION)
+            b_logits = load_logits(
+                p_x, o_rows, m_own, stride_own_row, stride_own_column, p_high, p_low, p_bias, o_feature, num_features,
+                scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
+            b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
+            if FUNCTION == "exponential":
+                b_normalizer = tl.load(p_own_normalizers + o_vector + o_rows, mask=m_own, other=0.0)
+            b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION)
+            m_gradient = m_own[:, None] & m_features[None, :]
+            b_gradient = _through_map(b_logits, b_features, b_gradient, b_floor, epsilon, m_gradient, FUNCTION)
+            if SUBTRACT_NORM and not OF_QUERY:
                 b_gradient_norm += tl.sum(b_gradient, axis=1)
-                if HAS_PROJECTION:
-                    b_gradient_key = tl.dot(b_operand, b_projection, b_gradient_key, input_precision=PRECISION)
-                else:
-                    o_store = (o_vector + o_rows)[:, None] * HEAD + o_features[None, :]
-                    b_store = (scale * b_gradient).to(p_gradient_key.dtype.element_ty)
-                    tl.store(p_gradient_key + o_store, b_store, mask=m_rows[:, None] & m_features[None, :])
-                if WITH_PROJECTION:
-                    b_x = load_tile(p_k, o_rows, m_keep, o_out, m_out, stride_key_row, stride_key_column, True)
-                    b_x = tl.dot(b_x.to(OPERAND), b_operand, input_precision=PRECISION) * scale
-                    o_add = o_out[:, None] + o_features[None, :] * HEAD  # [BLOCK_OUT, BLOCK_FEATURES]
-                    tl.atomic_add(p_gradient_projection + o_add, b_x, mask=m_out[:, None] & m_features[None, :])
-                if WITH_BIAS:
-                    b_x = tl.sum(b_gradient, axis=0)  # [BLOCK_FEATURES]
-                    if i_out == 0:
-                        tl.atomic_add(p_gradient_bias + o_features, b_x, mask=m_features)
+            b_operand = to_operand(b_gradient, OPERAND, PRECISION)
+            if HAS_PROJECTION:
+                b_projection = load_tile(p_high, o_features, m_features, o_out, m_out, HEAD, 1, False).to(OPERAND)
+                b_gradient_own = tl.dot(b_operand, b_projection, b_gradient_own, input_precision=PRECISION)
+            else:
+                o_store = (o_vector + o_rows)[:, None] * HEAD + o_features[None, :]
+                b_store = (scale * b_gradient).to(p_gradient_own.dtype.element_ty)
+                tl.store(p_gradient_own + o_store, b_store, mask=m_rows[:, None] & m_features[None, :])
+            if WITH_PROJECTION:
+                b_x = load_tile(p_x, o_rows, m_own, o_out, m_out, stride_own_row, stride_own_column, True)
+                b_x = tl.dot(b_x.to(OPERAND), b_operand, input_precision=PRECISION) * scale
+                o_add = o_out[:, None] + o_features[None, :] * HEAD  # [BLOCK_OUT, BLOCK_FEATURES]
+                tl.atomic_add(p_gradient_projection + o_add, b_x, mask=m_out[:, None] & m_features[None, :])
+            if WITH_BIAS:
+                b_x = tl.sum(b_gradient, axis=0)  # [BLOCK_FEATURES]
+                if i_out == 0:
+                    tl.atomic_add(p_gradient_bias + o_features, b_x, mask=m_features)
 
         if HAS_PROJECTION:
+            if SUBTRACT_NORM and not OF_QUERY:
+                b_x = load_tile(p_x, o_rows, m_own, o_out, m_out, stride_own_row, stride_own_column, False)
+                b_gradient_own -= scale * scale * b_gradient_norm[:, None] * b_x.to(tl.float32)
             o_store = (o_vector + o_rows)[:, None] * HEAD + o_out[None, :]
-            m_store = m_rows[:, None] & m_out[None, :]
-            if WITH_QUERY:
-                b_store = b_gradient_query.to(p_gradient_query.dtype.element_ty)
-                tl.store(p_gradient_query + o_store, b_store, mask=m_store)
-            if WITH_KEY:
-                if SUBTRACT_NORM:
-                    b_x = load_tile(p_k, o_rows, m_keep, o_out, m_out, stride_key_row, stride_key_column, False)
-                    b_gradient_key -= scale * scale * b_gradient_norm[:, None] * b_x.to(tl.float32)
-                b_store = b_gradient_key.to(p_gradient_key.dtype.element_ty)
-                tl.store(p_gradient_key + o_store, b_store, mask=m_store)
+            b_store = b_gradient_own.to(p_gradient_own.dtype.element_ty)
+            tl.store(p_gradient_own + o_store, b_store, mask=m_rows[:, None] & m_out[None, :])
 
 
 def feature_gradients(
+    of_query: bool,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -327,23 +237,24 @@ def feature_gradients(
     tensors: MapTensors,
     mask: Tensor | None,
     of_rows: tuple[Tensor, ...],
-    maxima: tuple[Tensor, Tensor],
-    sums: tuple[Tensor, ...],
+    maxima: Tensor,
+    sums: tuple[Tensor, Tensor],
     chunks: Chunks,
     causal: bool,
-    of_query: bool,
-    of_key: bool,
     wanted: tuple[bool, bool],
-) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of query and key in their dtype, of the projection and the bias in float32; both sides if `causal`.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradient of the query, or of the key, in its dtype, and what it adds to those of projection and bias in float32.
 
-    `of_rows` are row products, denominators, running maxima, normalizers of queries and of keys, and scales; `maxima`
-    those before each chunk and at the end; `sums` the two sums and their gradients, for each chunk or each sequence.
+    `of_rows` are row products, denominators, running maxima, normalizers of queries and of keys, and scales. `maxima`
+    and `sums`: for a query those before each chunk, for a key the maxima at the end and the gradients of the sums;
+    for each chunk, or each sequence. `wanted` says which of the last two results.
     """
     heads, head_dim = query.shape[1], query.shape[3]
     num_features, num_values = sums[0].shape[2:]
     config = choose_config(FEATURE_GRADIENTS, query.element_size() * 8, head_dim)
-    found = query.new_empty(query.shape if of_query else 0), key.new_empty(key.shape if of_key else 0)
+    products, denominators, running, *normalizers, scales = of_rows
+    own, other, left, right = (query, key, gradient, value) if of_query else (key, query, value, gradient)
+    found = own.new_empty(own.shape)
     groups = max(1, chunks.total)
     if any(wanted):  # A program adds up over several chunks, in their order, so that the result is always the same.
         groups = max(1, min(groups, 4 * multiprocessor_count(query) // heads))
@@ -357,21 +268,25 @@ def feature_gradients(
     if chunks.total and grid[0]:
         with device_guard(query):
             _feature_gradients[grid](
-                query,
-                key,
-                value,
-                gradient,
+                own,
+                other,
+                left,
+                right,
                 mask,
-                *of_rows,
-                *maxima,
+                products,
+                denominators,
+                running,
+                *(normalizers if of_query else reversed(normalizers)),
+                scales,
+                maxima,
                 *sums,
-                *found,
+                found,
                 of_projection,
                 of_bias,
-                *query.stride(),
-                *key.stride(),
-                *value.stride(),
-                *gradient.stride(),
+                *own.stride(),
+                *other.stride(),
+                *left.stride(),
+                *right.stride(),
                 0 if mask is None else mask.stride(0),
                 total=chunks.total,
                 steps=steps,
@@ -380,8 +295,7 @@ def feature_gradients(
                 HEAD=head_dim,
                 VALUES=num_values,
                 CAUSAL=causal,
-                WITH_QUERY=of_query,
-                WITH_KEY=of_key,
+                OF_QUERY=of_query,
                 WITH_PROJECTION=wanted[0],
                 WITH_BIAS=wanted[1],
                 HAS_FLOOR=is_exponential and tensors.epsilon > 0,
@@ -393,4 +307,4 @@ def feature_gradients(
                 **tensors.keywords(),
                 **config.keywords(),
             )
-    return *found, of_projection.sum(0) if wanted[0] else None, of_bias.sum(0) if wanted[1] else None
+    return found, of_projection.sum(0) if wanted[0] else None, of_bias.sum(0) if wanted[1] else None
