@@ -11,6 +11,7 @@ import csv
 import sys
 from pathlib import Path
 
+from benchmark_gpu_targets import GPU_TARGETS
 from benchmark_measure import Row
 from benchmark_targets import report
 
@@ -38,7 +39,19 @@ TITLES = {
     "x_transformer_softclamp": "Training step with clamped scores",
     "x_transformer_memory": "Training step of XTransformer by option",
     "x_transformer_generate": "`generate` of a decoder, greedy and cached",
+    "linear_attention_plain": "Causal linear attention of given features",
+    "flash_attention_causal": "Causal softmax attention",
+    "linear_attention_first_call": "First call of linear_attention, nothing compiled before",
+    "soft_topk_first_call": "First call of soft_topk",
+    "flash_attention_first_call": "First call of flash_attention",
+    "copy": "A copy of as many bytes",
+    "product": "A square product of this width in bfloat16",
+    "train": "Training step of a causal LM of GPT-2's smallest size",
+    "encoder": "Base encoders, forward and backward",
+    "perceiver": "Perceivers, forward and backward",
 }
+GPU_TITLES = {"flash_attention_window": "Causal softmax attention in a window of 255"}
+CALLS = "_calls"
 
 
 def markdown_table(header: list[str], lines: list[tuple]) -> str:
@@ -56,13 +69,18 @@ def markdown_table(header: list[str], lines: list[tuple]) -> str:
 
 def tables(rows: list[Row]) -> str:
     """Every table, with the line that says where its figures come from."""
-    parts = []
+    parts, on_gpu = [], any(row.name == "copy" for row in rows)
     for name, allocator in dict.fromkeys((row.name, row.allocator) for row in rows):
         own = [row for row in rows if (row.name, row.allocator) == (name, allocator)]
         speed = own[0].tokens_per_second is not None
         unit = "tokens/s" if speed else "ms (peak MiB)"
         heap = "" if allocator == "default" else ", heap kept"
-        parts.append(f"**{TITLES.get(name, name)}**, {unit}, {own[0].sizes}, {own[0].threads} threads{heap}")
+        called = ", called one by one" if name.endswith(CALLS) else ""
+        title, place = (
+            TITLES.get(name.removesuffix(CALLS), name),
+            own[0].device if on_gpu else f"{own[0].threads} threads",
+        )
+        parts.append(f"**{title}**{called}, {unit}, {', '.join(filter(None, (own[0].sizes, place)))}{heap}")
         columns = list(dict.fromkeys((row.mode, row.length) for row in own))
         found = {(row.provider, row.mode, row.length): row for row in own}
         header = ["", *[f"{mode} {_short(length)}" for mode, length in columns]]
@@ -72,7 +90,11 @@ def tables(rows: list[Row]) -> str:
         ]
         parts.append(markdown_table(header, lines))
     parts.append("**Targets**")
-    parts.append(markdown_table(["target", "bound", "figure", "verdict", "allocator"], report(rows)))
+    parts.append(
+        markdown_table(
+            ["target", "bound", "figure", "verdict", "allocator"], report(rows, GPU_TARGETS if on_gpu else None)
+        )
+    )
 
     def distinct(field):
         return ", ".join(dict.fromkeys(getattr(row, field) for row in rows))
@@ -92,10 +114,13 @@ def _cell(row: Row | None) -> str:
     if row.tokens_per_second is not None:
         return f"{row.tokens_per_second:.0f}"
     memory = "" if row.peak_mib is None else f" ({row.peak_mib:.0f})"
-    return f"{row.median:.0f}{memory}" if row.median >= 10 else f"{row.median:.1f}{memory}"
+    digits = 0 if row.median >= 10 else 1 if row.median >= 1 or not row.roofline else 2
+    return f"{row.median:.{digits}f}{memory}"
 
 
 def _short(length: int) -> str:
+    if length >= 2**20 and length % 2**20 == 0:
+        return f"{length // 2**20}M"
     return f"{length // 1024}k" if length % 1024 == 0 else str(length)
 
 

@@ -272,12 +272,12 @@ TARGETS = [
 ]
 
 
-def report(rows: list[Row]) -> list[tuple[str, str, str, str, str]]:
+def report(rows: list[Row], targets: list[Target] | None = None) -> list[tuple[str, str, str, str, str]]:
     """(target, bound, figure, verdict, allocator) for every target, per allocator setting that has rows."""
     lines = []
     for allocator in dict.fromkeys(row.allocator for row in rows):
         of_setting = Rows(rows, allocator)
-        for target in TARGETS:
+        for target in TARGETS if targets is None else targets:
             value, verdict = target.verdict(of_setting)
             if value is None and allocator != "default":
                 continue  # the second setting repeats only what it can change

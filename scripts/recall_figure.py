@@ -47,9 +47,9 @@ def draw_accuracy(panel, rows: list[dict]) -> None:
             panel.fill_between(lengths, low, high, color=COLOURS[routing], alpha=0.2, linewidth=0)
     panel.axhline(CHANCE, color="grey", linestyle=":", label=f"chance ({CHANCE:.1%})")
     panel.set_xscale("log", base=2)
-    panel.set_xticks(lengths, [str(length) for length in lengths])
+    panel.set_xticks(lengths, [str(length) if length.bit_count() == 1 else "" for length in lengths])
     panel.set(xlabel="tokens in a sequence, of which 32 are routed", ylabel="held-out accuracy", ylim=(0, 1.05))
-    panel.legend(frameon=False, fontsize=8, loc="center left")
+    panel.legend(frameon=False, fontsize=8, loc="center right")
 
 
 def draw_positions(panel, rows: list[dict], routing: str, seed: str, length: int) -> None:
