@@ -97,3 +97,35 @@ def test_bad_input(name, value, message):
     }
     with pytest.raises(ValueError, match=message):
         part_gradients(**arguments | {name: value})
+
+
+@pytest.mark.parametrize("edges", [[50], [16, 34]], ids=str)
+def test_parts_without_a_mask_go_to_the_kernel_behind_sdpa(edges, monkeypatch):
+    """As exact as float32 is, forward and backward; and one call of that kernel for each."""
+    calls = []
+    kernel = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    monkeypatch.setattr(
+        torch.ops.aten,
+        "_scaled_dot_product_flash_attention_for_cpu_backward",
+        lambda *arguments, **options: calls.append(1) or kernel(*arguments, **options),
+    )
+    torch.manual_seed(0)
+    query, key, value, grad = (torch.randn(2, length, 4, 8).transpose(1, 2) for length in (7, 50, 50, 7))
+
+    def results(dtype, backend):
+        q, k, v, g = (tensor.to(dtype) for tensor in (query, key, value, grad))
+        pieces = list(zip(k.split(edges, 2), v.split(edges, 2), strict=True))
+        made = [flash_attention(q, *piece, return_lse=True, backend=backend, scale=0.4) for piece in pieces]
+        output, lse = merge_attention([part.output for part in made], [part.lse for part in made])
+        found = [part_gradients(q, *piece, output, lse, g, backend=backend, scale=0.4) for piece in pieces]
+        of_keys = (torch.cat([getattr(part, name) for part in found], dim=2) for name in ("key", "value"))
+        return output, lse, sum(part.query for part in found), *of_keys
+
+    oracle, eager = results(torch.float64, "eager"), results(torch.float32, "eager")
+    assert not calls
+    found = results(torch.float32, "auto")
+    assert len(calls) == len(edges)
+    for name, part, exact, plain in zip(("output", "lse", *NAMES), found, oracle, eager, strict=True):
+        # The blocked form rounds its lse in float64, so its own error is smaller than that of a float32 computation.
+        assert (part - exact).abs().max() <= 2e-6 * exact.abs().max().clamp(min=1), name
+        assert torch.allclose(part, plain, rtol=1e-5, atol=2e-6), name

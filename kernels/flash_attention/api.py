@@ -9,7 +9,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from .autograd import attend
 from .operands import UNLIMITED, Operands, Options
-from .sdpa import attend_with_sdpa
+from .sdpa import attend_with_sdpa, part_with_sdpa
 
 
 DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -104,7 +104,12 @@ def flash_attention(
     chosen = resolve_backend(backend, query, unsupported_reason=unsupported_reason(query, value))
     if backend == "auto" and not return_lse and (plain := attend_with_sdpa(operands, options)) is not None:
         return plain
-    output = FlashAttentionOutput(*attend(operands, options, chosen))
+    found = None
+    if backend == "auto" and not (
+        torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in operands)
+    ):
+        found = part_with_sdpa(operands, options)
+    output = FlashAttentionOutput(*(found or attend(operands, options, chosen)))
     return output if return_lse else output.output
 
 

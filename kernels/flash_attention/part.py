@@ -7,6 +7,7 @@ from torch import Tensor
 from ..backend import resolve_backend
 from .api import make_operands, make_options, make_seed, unsupported_reason, validate_masks, validate_tensors
 from .autograd import gradients
+from .sdpa import part_gradients_with_sdpa
 
 
 class PartGradients(NamedTuple):
@@ -67,5 +68,9 @@ def part_gradients(
     options = make_options(query, scale, causal, None, None, dropout_p)
     seed = make_seed(dropout_seed, query.device) if options.dropout_p else None
     operands = make_operands(query, key, value, key_mask, None, None, None, None, None, None, None, seed)
+    if backend == "auto":
+        found = part_gradients_with_sdpa(operands, options, output, lse, grad_output)
+        if found is not None:
+            return PartGradients(*found)
     chosen = resolve_backend(backend, query, unsupported_reason=unsupported_reason(query, value))
     return PartGradients(*gradients(operands, options, output, lse, grad_output, chosen)[:3])
