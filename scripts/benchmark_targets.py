@@ -170,7 +170,8 @@ def _routed_layer_targets():
     for mode in BOTH:
         for text, other, own, bound in (
             ("a dense layer of its heavy widths", "dense-sdpa", "ours", 8),
-            ("CoLT5-attention's block of the same widths", peer, "ours-peer-widths", 1.5),
+            ("CoLT5-attention's block of the same heavy widths", peer, "ours", 1.5),
+            ("CoLT5-attention's block of the same light widths too", peer, "ours-peer-widths", 1.5),
             ("LongT5's local layer", "longt5-local", "ours", 2),
             ("LongT5's transient-global layer", "longt5-transient", "ours", 2),
         ):
