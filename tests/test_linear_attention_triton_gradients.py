@@ -80,8 +80,8 @@ def test_low_precision(name, causal, dtype, tensor_core_products, nan_poisoned):
 @pytest.mark.parametrize("name", ["softmax-large-epsilon", "gelu", "elu_plus_one"])
 @causal_or_not
 def test_several_tiles_of_everything(name, causal, nan_poisoned):
-    """Head size, values and features over two tiles each, two heads and two rows of a batch."""
-    assert_gradients(make_case(name, 17, causal=causal, head_dim=18, value_dim=20, batch=2, heads=2), causal=causal)
+    """Head size, values and features over two tiles each, two rows of a batch."""
+    assert_gradients(make_case(name, 17, causal=causal, head_dim=18, value_dim=20, batch=2), causal=causal)
 
 
 @causal_or_not
