@@ -98,9 +98,7 @@ STATE_GRADIENTS = {
     "interpreter": _INTERPRETER,
 }
 
-VALUE_GRADIENTS = OUTPUTS | {
-    "sm_90": OUTPUTS["sm_90"] | {(16, 64): _tiles(4, 2, 64, 64, 64), (16, 128): _tiles(4, 3, 64, 64, 128)}
-}
+VALUE_GRADIENTS = OUTPUTS | {"sm_90": OUTPUTS["sm_90"] | {(16, 64): _tiles(4, 2, 64, 64, 64)}}
 
 FEATURE_GRADIENTS = {
     "sm_80": {
