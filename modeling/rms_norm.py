@@ -13,8 +13,8 @@ class RMSNorm(nn.RMSNorm):
     """`x / sqrt(mean(x²) + eps) · weight`: `torch.nn.RMSNorm`, faster where many rows lie on a CPU."""
 
     def forward(self, hidden_states: Tensor) -> Tensor:
-        if not worth_blocks(hidden_states) or self.weight is None or self.eps is None:
-            return torch.rms_norm(hidden_states, self.normalized_shape, self.weight, self.eps)
+        if self.weight is None or self.eps is None or not worth_blocks(hidden_states):
+            return super().forward(hidden_states)
         rows = hidden_states.reshape(-1, hidden_states.shape[-1])
         return _BlockedNorm.apply(rows, self.weight, self.eps)[0].view(hidden_states.shape)
 

@@ -14,7 +14,7 @@ from hf_efficient import CoLT5Config, CoLT5EncoderModel, PerformerConfig, Perfor
 
 DECODE_STEPS = 16
 INPUTS_PER_TOKEN = 4  # a Perceiver reads four times as many inputs as the others read tokens
-# Rows that keep a GPU busy: with one row the time of either model is Python's.
+# Rows that keep a GPU busy: with one, CoLT5 and both Perceivers wait for Python.
 ENCODER_ROWS, PERCEIVER_ROWS = 2, 8
 
 

@@ -39,7 +39,7 @@ def attend_with_sdpa(operands: Operands, options: Options) -> Tensor | None:
 def part_with_sdpa(operands: Operands, options: Options) -> tuple[Tensor, Tensor] | None:
     """Output `[B, H, N, V]` and lse `[B, H, N]` by the kernel behind SDPA on CPUs, whose public form keeps the lse.
 
-    Without gradients; None if the call is none for it. Narrow heads take half the time of tiles in PyTorch.
+    Without gradients; None if the call is none for it. Heads of 8 take 0.6 of the time of tiles in PyTorch.
     """
     if not _is_plain_part(operands, options):
         return None

@@ -106,8 +106,8 @@ FEATURE_GRADIENTS = {
         (16, ANY): _tiles(8, 1, 64, 32, 64, BLOCK_OUT=128),
         (32, ANY): _tiles(4, 1, 32, 32, 32, BLOCK_OUT=64),
     },
-    # Not fewer features: this kernel computes operands `[CHUNK, BLOCK_FEATURES]` for the right of a product, and with
-    # rows of less than 128 bytes Triton 3.6 gives wrong sums or reads elsewhere on Hopper.
+    # Not fewer features: with 16 and 32 in bfloat16, Triton 3.6 gave wrong sums on Hopper, or read elsewhere
+    # (docs/benchmarks_gpu.md).
     "sm_90": {
         (16, 64): _tiles(4, 2, 64, 64, 64, BLOCK_OUT=64),
         (16, 128): _tiles(4, 1, 64, 64, 64, BLOCK_OUT=64),
