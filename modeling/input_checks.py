@@ -31,7 +31,7 @@ def check_inputs(input_ids, inputs_embeds, embed_tokens) -> None:
             f"{tuple(input_ids.shape)}"
         )
     if can_look(input_ids):
-        low, high, count = int(input_ids.min()), int(input_ids.max()), embed_tokens.num_embeddings
+        (low, high), count = map(int, torch.aminmax(input_ids)), embed_tokens.num_embeddings
         if low < 0 or high >= count:
             raise ValueError(f"input_ids must be between 0 and {count - 1}, got {low if low < 0 else high}")
 

@@ -46,7 +46,9 @@ class RotaryEmbedding(FixedTable):
         Each is cosines and signed sines as `apply_rotary` wants them, float32 `[B or 1, 1, N, rotary_dim]`.
         """
         angles = position_ids[:, None, :, None].float() * self.table
-        cos, sin = angles.cos() * self.attention_scaling, angles.sin() * self.attention_scaling
+        cos, sin = angles.cos(), angles.sin()
+        if self.attention_scaling != 1:
+            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
         tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
         if self.scales_base is None:
             return tables, tables
@@ -72,5 +74,5 @@ def rotate_both(
     if tables[0] is tables[1] and query.shape[2] == key.shape[2] == 1:
         # A step of decoding waits for the number of its operations.
         turned = rotate(torch.cat([query, key], dim=1), tables[0])
-        return turned[:, : query.shape[1]], turned[:, query.shape[1] :]
+        return turned.split_with_sizes((query.shape[1], key.shape[1]), dim=1)
     return rotate(query, tables[0]), rotate(key, tables[1])

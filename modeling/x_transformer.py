@@ -200,9 +200,10 @@ class XTransformerModel(XTransformerPreTrainedModel):
 
         check_prepended(prepend_embeds, prepend_mask, inputs_embeds, past_key_values, config)
         hidden_states = self.embeddings(inputs_embeds, position_ids, token_type_ids, prepend_embeds)
-        mask = real_tokens(attention_mask)
-        if mask is not None and can_look(mask) and bool(mask.all()):
+        mask = attention_mask
+        if mask is not None and mask.ndim == 2 and can_look(mask) and bool(mask.all()):
             mask = None  # without one, more of attention is torch's own
+        mask = real_tokens(mask)
         if mask is None and prepend_mask is not None:
             mask = prepend_mask.new_ones(inputs_embeds.shape[0], cached + length, dtype=torch.bool)
         hidden_states, mask, position_ids, prefix = self._with_prefix(
@@ -277,7 +278,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             mask, position_ids: of tokens alone.
         """
         learned = [tokens for tokens in (self.memory_tokens, self.cls_tokens) if tokens is not None]
-        prepended, hidden_states = hidden_states.split((hidden_states.shape[1] - length, length), dim=1)
+        prepended, hidden_states = hidden_states.split_with_sizes((hidden_states.shape[1] - length, length), dim=1)
         count = self.config.num_prefix_tokens + prepended.shape[1]
         is_first, first_length = True, length
         if past_key_values is not None and self.keeps_prefix:

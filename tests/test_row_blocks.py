@@ -4,6 +4,7 @@ import pytest
 import torch
 from helpers import assert_within_budget
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from hf_efficient.modeling.rms_norm import RMSNorm
 from hf_efficient.modeling.routing_logits import routing_logits
@@ -57,6 +58,34 @@ def test_the_norm_is_torchs(dtype):
         return lambda rows, weight: torch.func.functional_call(module, {"weight": weight}, (rows,))
 
     assert_same(call(norm), call(plain), [states(dtype), torch.rand(WIDTH).to(dtype)])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("rows", [1, 7])
+def test_the_norm_of_a_few_rows_without_gradients_is_torchs(dtype, rows):
+    norm, plain = (kind(WIDTH, eps=1e-3, dtype=dtype) for kind in (RMSNorm, nn.RMSNorm))
+    torch.manual_seed(0)
+    weight, inputs = torch.rand(WIDTH, dtype=dtype), torch.randn(2, rows, WIDTH, dtype=dtype) * 0.02
+    inputs[0, 0] = 0
+    norm.weight.data, plain.weight.data = weight, weight
+    exact = nn.functional.rms_norm(inputs.double(), (WIDTH,), weight.double(), 1e-3)
+    with torch.no_grad():
+        if dtype == torch.float64:
+            torch.testing.assert_close(norm(inputs), exact)
+        else:
+            assert_within_budget(norm(inputs), exact, plain(inputs), "output")
+        with torch.inference_mode():
+            fast = norm(inputs)
+        assert torch.equal(norm(inputs), fast)
+
+
+def test_the_norm_runs_on_tensors_without_numbers_before_and_after_real_ones():
+    norm = RMSNorm(WIDTH, eps=0.125)
+    for _ in range(2):
+        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
+            assert norm(torch.ones(1, 2, WIDTH)).shape == (1, 2, WIDTH)
+        with torch.no_grad():
+            torch.testing.assert_close(norm(torch.ones(1, 2, WIDTH)), torch.full((1, 2, WIDTH), 1.125**-0.5))
 
 
 def test_a_row_of_zeros_has_a_gradient():
