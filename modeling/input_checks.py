@@ -31,7 +31,9 @@ def check_inputs(input_ids, inputs_embeds, embed_tokens) -> None:
             f"{tuple(input_ids.shape)}"
         )
     if can_look(input_ids):
-        (low, high), count = map(int, torch.aminmax(input_ids)), embed_tokens.num_embeddings
+        # Of a few ids, as in a step of decoding, the numbers themselves are quicker than operators that look.
+        numbers = input_ids.flatten().tolist() if input_ids.numel() <= 16 else [*map(int, torch.aminmax(input_ids))]
+        low, high, count = min(numbers), max(numbers), embed_tokens.num_embeddings
         if low < 0 or high >= count:
             raise ValueError(f"input_ids must be between 0 and {count - 1}, got {low if low < 0 else high}")
 

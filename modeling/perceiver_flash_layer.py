@@ -10,12 +10,11 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from .attention_masks import AttentionMask, eager_attention, is_flash_attention
 from .feed_forward import FeedForward
 from .packed_attention import attend_packed
-from .rotary import apply_rotary
+from .rotary import RotaryTables, apply_rotary
 from .streamed_attention import ContextChunk, chunked_attention, streamed_attention
 
 
-# The cosines and sines of `rotary_tables`.
-Rotary = tuple[torch.Tensor, torch.Tensor] | None
+Rotary = RotaryTables | None
 
 
 def turn(states: torch.Tensor, rotary: Rotary) -> torch.Tensor:

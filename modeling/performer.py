@@ -106,6 +106,9 @@ class PerformerModel(PerformerPreTrainedModel):
         # Saved with the weights, so that a resumed run draws when the uninterrupted one would have drawn.
         self.register_buffer("forwards_since_redraw", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64))
+        # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
+        self.is_softmax_only = set(config.layer_types) == {"full_attention"}
+        self.rotary = (config.head_dim, config.rotary_emb_base) if config.uses_rotary else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -158,7 +161,7 @@ class PerformerModel(PerformerPreTrainedModel):
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
-        check_attention_mask(attention_mask, inputs_embeds, past_length, set(config.layer_types) == {"full_attention"})
+        check_attention_mask(attention_mask, inputs_embeds, past_length, self.is_softmax_only)
         if position_ids is None:
             # The original counts padding as positions.
             counted = None if config.masked_keys_in_normalizer else attention_mask
@@ -177,9 +180,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 encoder_attention_mask,
             ),
             "position_ids": position_ids,
-            "rotary": rotary_tables(position_ids, config.head_dim, config.rotary_emb_base)
-            if config.uses_rotary
-            else None,
+            "rotary": None if self.rotary is None else rotary_tables(position_ids, *self.rotary),
             CACHE: past_key_values,
         }
         projections = redraw_and_capture(self)

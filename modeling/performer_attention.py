@@ -7,11 +7,11 @@ from torch import nn
 from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
+from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention, plain_step
 from .local_attention import local_attention, past_reach
 from .random_features import draw_projection, optimal_positive_constants
 from .recurrent_cache import RecurrentStateLayer
-from .rotary import apply_rotary, rotary_tables
+from .rotary import RotaryTables, apply_rotary, rotary_tables
 from .sequence_features import sequence_stabilized_features
 
 
@@ -71,6 +71,7 @@ class PerformerAttention(_PerformerAttentionBase):
         super().__init__(config, layer_idx, is_cross_attention)
         # Read once: every attribute of a configuration costs microseconds, and a decoding step asks many.
         self.feature_map, self.feature_epsilon = config.feature_map, float(config.feature_epsilon)
+        self.feature_scale = config.head_dim**-0.25
         self.has_legacy_features = config.feature_stabilizer == "sequence"
         self.masked_keys_in_normalizer = config.masked_keys_in_normalizer
         self.causal_normalizer_epsilon = config.causal_normalizer_epsilon
@@ -79,6 +80,8 @@ class PerformerAttention(_PerformerAttentionBase):
         self.projection_index = 2 * layer_idx + int(is_cross_attention)
         self.num_local_heads = 0 if is_cross_attention else config.local_heads(layer_idx)
         self.has_global_heads = self.num_local_heads < config.num_attention_heads
+        self.may_be_plain = self.is_causal and not (self.num_local_heads or self.has_legacy_features)
+        self.may_be_plain &= self.num_key_value_groups == 1 and not self.masked_keys_in_normalizer
         rows = self.num_projection_rows(config) if self.has_global_heads else 0
         # Persistent: the weights were trained with these features and mean nothing without them.
         self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
@@ -107,7 +110,7 @@ class PerformerAttention(_PerformerAttentionBase):
 
     def make_feature_map(self, projection: torch.Tensor | None) -> FeatureMap:
         """The feature map of this layer for the drawn `projection` `[M, D]` (None for maps without one)."""
-        kind, epsilon, scale = self.feature_map, self.feature_epsilon, self.head_dim**-0.25
+        kind, epsilon, scale = self.feature_map, self.feature_epsilon, self.feature_scale
         if kind == "softmax":
             return FeatureMap("exponential", projection, None, scale, epsilon)
         if kind == "hyperbolic":
@@ -128,7 +131,7 @@ class PerformerAttention(_PerformerAttentionBase):
         padding_mask: torch.Tensor | None = None,
         window_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary: RotaryTables | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         projection: torch.Tensor | None = None,
@@ -149,10 +152,15 @@ class PerformerAttention(_PerformerAttentionBase):
                 hidden_states, encoder_hidden_states, padding_mask, past_key_values, projection
             )
             return self.project_out(attended), None
-        query = self.split_heads(self.q_proj(hidden_states))
-        key = repeat_kv(self.split_heads(self.k_proj(hidden_states)), self.num_key_value_groups)
-        value = repeat_kv(self.split_heads(self.v_proj(hidden_states)), self.num_key_value_groups)
+        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         layer = self._cache_layer(past_key_values)
+        if self.may_be_plain and layer is not None and padding_mask is None and hidden_states.shape[1] == 1:
+            attended = self._plain_step(query, key, value, rotary, layer, projection)
+            if attended is not None:
+                layer.count(hidden_states)
+                return self.drop(self.o_proj(attended.view(query.shape))), None
+        query = self.split_heads(query)
+        key, value = (repeat_kv(self.split_heads(states), self.num_key_value_groups) for states in (key, value))
         if not self.num_local_heads:
             attended = self._global_heads(query, key, value, padding_mask, rotary, layer, projection)
         else:
@@ -162,6 +170,22 @@ class PerformerAttention(_PerformerAttentionBase):
         if layer is not None:
             layer.count(hidden_states)
         return self.project_out(attended), None
+
+    def _plain_step(self, query, key, value, rotary, layer, projection) -> torch.Tensor | None:
+        """One token of decoding, behind fewer checks than `_global_heads`; None where that has to do it.
+
+        Args:
+            query, key, value: `[B, 1, H * D]`, whose heads need no transposition.
+        """
+        if torch.is_grad_enabled() or not layer.owns_state:
+            return None
+        batch = query.shape[0]
+        both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)
+        if rotary is not None:
+            both = apply_rotary(both, rotary)
+        feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
+        value = value.view(batch, -1, 1, self.head_dim)
+        return plain_step(both, value, feature_map, layer.state, layer.step_offsets, self.kernel_backend)
 
     def _both_kinds(self, query, key, value, padding_mask, window_mask, position_ids, rotary, layer, projection):
         """Linear attention in the first heads, local attention in the last ones."""
@@ -336,7 +360,7 @@ class PerformerSoftmaxAttention(_PerformerAttentionBase):
         self,
         hidden_states: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary: RotaryTables | None = None,
         encoder_hidden_states: torch.Tensor | None = None,
         past_key_values: Cache | None = None,
         **kwargs,

@@ -3,6 +3,7 @@
 import torch
 from transformers.masking_utils import create_bidirectional_mask, create_causal_mask
 
+from ..configuration.performer import LINEAR_LAYER_TYPE
 from .cache_name import CACHE
 from .padding import padding_among_new_tokens
 
@@ -23,12 +24,12 @@ def make_attention_masks(
         mask, dict
     ):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
         return {**masks, "full": mask["full_attention"]}
-    full = {config.is_full_attention(index) for index in range(config.num_hidden_layers)}
-    if False in full or config.shift_tokens:
+    kinds = set(config.layer_types)
+    if LINEAR_LAYER_TYPE in kinds or config.shift_tokens:
         masks["padding"] = padding_among_new_tokens(mask, hidden_states.shape[1])
         masks["window"] = mask
         masks["encoder_padding"] = encoder_mask
-    if True in full:
+    if kinds != {LINEAR_LAYER_TYPE}:
         common = {"config": config, "inputs_embeds": hidden_states, "attention_mask": mask}
         if config.is_decoder:
             # Of a preallocated cache, the slots not yet filled have to be masked even for a single new token.

@@ -4,10 +4,11 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache_name import takes_cache
+from .cache_name import takes_handed_cache
 from .feed_forward import FeedForward
 from .norms import ReZeroScale, make_norm
 from .performer_attention import PerformerAttention, PerformerSoftmaxAttention
+from .rotary import RotaryTables
 from .token_shift import shift_tokens
 
 
@@ -74,12 +75,12 @@ class PerformerLayer(GradientCheckpointingLayer):
             hidden_states = self.cross_mlp_branch.add(hidden_states, cross_mlp(hidden_states, None))
         return hidden_states
 
-    @takes_cache
+    @takes_handed_cache
     def branches(
         self,
         attention_masks: dict,
         position_ids: torch.Tensor | None = None,
-        rotary: tuple[torch.Tensor, torch.Tensor] | None = None,
+        rotary: RotaryTables | None = None,
         past_key_values=None,
         projections: dict[str, torch.Tensor] | None = None,
         **kwargs,

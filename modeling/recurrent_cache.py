@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ..kernels.linear_attention import LinearAttentionState
+from ..kernels.linear_attention import LinearAttentionState, step_offsets
 from .cache_layers import StateLayer, also_static
 from .token_shift_cache import LastTokens
 
@@ -30,7 +30,7 @@ class RecurrentStateLayer(StateLayer):
 
     def _clear(self) -> None:
         super()._clear()
-        self.log_scale = None
+        self.log_scale = self._step_offsets = None
         self.last_tokens = LastTokens()
         self._forget()
 
@@ -55,6 +55,14 @@ class RecurrentStateLayer(StateLayer):
     @state.setter
     def state(self, state: LinearAttentionState | None):
         self.keys, self.values, self.log_scale = (None, None, None) if state is None else state
+        self._step_offsets = None
+
+    @property
+    def step_offsets(self) -> Tensor:
+        """`step_offsets` of the state, which stay as they are through plain steps."""
+        if self._step_offsets is None:
+            self._step_offsets = step_offsets(self.log_scale)
+        return self._step_offsets
 
     def update_state(
         self, new_state: LinearAttentionState, key: Tensor, value: Tensor, mask: Tensor | None, advance: Advance
@@ -102,6 +110,7 @@ class RecurrentStateLayer(StateLayer):
 
         for name in ("keys", "values", "log_scale", "window_keys", "window_values"):
             setattr(self, name, apply(getattr(self, name)))
+        self._step_offsets = None
         self.last_tokens.map(function)
         if self._base is not None:
             self._base = LinearAttentionState(*map(function, self._base))

@@ -1,22 +1,80 @@
 """Rotary position embeddings (arXiv 2104.09864): pairs (i, i + d/2) of a head turn with the position."""
 
+import functools
+from typing import NamedTuple
+
 import torch
+from torch import Tensor
 
 
-def rotary_tables(position_ids: torch.Tensor, dim: int, base: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cosines and sines for `position_ids` `[B or 1, N]`: two float32 tensors `[B or 1, 1, N, dim]`.
+class RotaryTables(NamedTuple):
+    """How much each channel turns, for N positions of B rows or of all rows; all float32.
 
-    The sines of the first half are negative, as `apply_rotary` wants them. Computed where they are needed, so there is
-    no buffer that could be lost or cast to a low precision.
+    Attributes:
+        cos: `[B or 1, 1, N, D]`.
+        sin: the same; negative in the first half.
+        matrix: `[D, D]`, the turn of a single position as a matrix, or None. On a CPU a product with it is quicker
+            than what it stands for, several operators on a handful of numbers.
     """
-    frequencies = base ** (-torch.arange(0, dim, 2, device=position_ids.device, dtype=torch.float32) / dim)
-    angles = position_ids[:, None, :, None].to(torch.float32) * frequencies
-    cos, sin = angles.cos(), angles.sin()
-    return torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+
+    cos: Tensor
+    sin: Tensor
+    matrix: Tensor | None = None
+
+    @classmethod
+    def of(cls, angles: Tensor, factor: float = 1.0) -> "RotaryTables":
+        """Tables for `angles` `[B or 1, 1, N, D]`, negative in the first half; cosines and sines times `factor`."""
+        cos, sin = angles.cos(), angles.sin()
+        if factor != 1:
+            cos, sin = cos * factor, sin * factor
+        if angles.numel() != angles.shape[-1] or torch.is_grad_enabled() or not _is_plain(angles):
+            return cls(cos, sin)
+        straight, crossed = _patterns(angles.shape[-1])
+        return cls(cos, sin, torch.addcmul(straight * cos.view(-1), crossed, sin.view(-1)))
 
 
-def apply_rotary(states: torch.Tensor, tables: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+def rotary_tables(position_ids: Tensor, dim: int, base: float) -> RotaryTables:
+    """Tables for `position_ids` `[B or 1, N]` and `dim` channels.
+
+    Computed where they are needed, so there is no buffer that could be lost or cast to a low precision.
+    """
+    frequencies = _known_frequencies(dim, base) if _is_plain(position_ids) else _frequencies(dim, base, position_ids)
+    return RotaryTables.of(position_ids[:, None, :, None].to(torch.float32) * frequencies)
+
+
+def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:
     """Turn `states` `[B, H, N, D]` by the tables' angles; computed in float32, returned in the dtype of `states`."""
-    cos, sin = tables
+    cos, sin, matrix = tables
+    if matrix is not None and states.dtype == matrix.dtype:
+        return torch.matmul(states, matrix)
     swapped = states.roll(states.shape[-1] // 2, dims=-1)
     return torch.addcmul(states * cos, swapped, sin).to(states.dtype)
+
+
+def both_halves(frequencies: Tensor) -> Tensor:
+    """Frequencies `[D / 2]` of the pairs as those of the channels `[D]`: what `RotaryTables.of` wants of angles."""
+    return torch.cat([-frequencies, frequencies])
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor is made of numbers on a CPU, and may meet one that an earlier call has made."""
+    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+
+
+def _frequencies(dim: int, base: float, like: Tensor) -> Tensor:
+    exponents = -torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) / dim
+    return both_halves(base**exponents)
+
+
+@functools.cache
+def _known_frequencies(dim: int, base: float) -> Tensor:
+    with torch.inference_mode(False), torch.device("cpu"):
+        return _frequencies(dim, base, torch.empty(0))
+
+
+@functools.cache
+def _patterns(dim: int) -> tuple[Tensor, Tensor]:
+    """Where a turn's cosines and sines stand in its matrix: two of `[D, D]`, ones among zeros."""
+    with torch.inference_mode(False):
+        identity = torch.eye(dim, dtype=torch.float32, device="cpu")
+        return identity, identity.roll(dim // 2, dims=1)

@@ -5,10 +5,7 @@ from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from ..configuration.x_transformer_rules import ROPE_TYPES
 from .fixed_tables import FixedTable
-from .rotary import apply_rotary
-
-
-Tables = tuple[torch.Tensor, torch.Tensor]
+from .rotary import RotaryTables, apply_rotary, both_halves
 
 
 class RotaryEmbedding(FixedTable):
@@ -38,28 +35,23 @@ class RotaryEmbedding(FixedTable):
             return ROPE_INIT_FUNCTIONS[kind](self.config)
 
     def compute(self) -> torch.Tensor:
-        return self.parameters_of_kind()[0].float()
+        return both_halves(self.parameters_of_kind()[0].float())
 
-    def forward(self, position_ids: torch.Tensor) -> tuple[Tables, Tables]:
-        """Tables for queries and for keys at `position_ids` `[B or 1, N]`.
-
-        Each is cosines and signed sines as `apply_rotary` wants them, float32 `[B or 1, 1, N, rotary_dim]`.
-        """
+    def forward(self, position_ids: torch.Tensor) -> tuple[RotaryTables, RotaryTables]:
+        """Tables for queries and for keys at `position_ids` `[B or 1, N]`, of `rotary_dim` channels."""
         angles = position_ids[:, None, :, None].float() * self.table
-        cos, sin = angles.cos(), angles.sin()
-        if self.attention_scaling != 1:
-            cos, sin = cos * self.attention_scaling, sin * self.attention_scaling
-        tables = torch.cat([cos, cos], dim=-1), torch.cat([-sin, sin], dim=-1)
+        tables = RotaryTables.of(angles, self.attention_scaling)
         if self.scales_base is None:
             return tables, tables
-        size = 2 * self.table.shape[0]
+        size = self.table.shape[0]
         bases = (torch.arange(0, size, 2, device=position_ids.device, dtype=torch.float32) + 0.4 * size) / (1.4 * size)
         decay = bases ** (position_ids[:, None, :, None].float() / self.scales_base)
         decay = torch.cat([decay, decay], dim=-1)
-        return tuple(table * decay for table in tables), tuple(table / decay for table in tables)
+        cos, sin, _ = tables
+        return RotaryTables(cos * decay, sin * decay), RotaryTables(cos / decay, sin / decay)
 
 
-def rotate(states: torch.Tensor, tables: Tables) -> torch.Tensor:
+def rotate(states: torch.Tensor, tables: RotaryTables) -> torch.Tensor:
     """Turn the first channels of `states` `[B, H, N, D]`, as many as the tables have."""
     size = tables[0].shape[-1]
     if size == states.shape[-1]:
@@ -68,7 +60,7 @@ def rotate(states: torch.Tensor, tables: Tables) -> torch.Tensor:
 
 
 def rotate_both(
-    query: torch.Tensor, key: torch.Tensor, tables: tuple[Tables, Tables]
+    query: torch.Tensor, key: torch.Tensor, tables: tuple[RotaryTables, RotaryTables]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """`query` `[B, H, N, D]` by the first tables, `key` `[B, G, M, D]` by the second."""
     if tables[0] is tables[1] and query.shape[2] == key.shape[2] == 1:

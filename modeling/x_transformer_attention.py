@@ -9,7 +9,8 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention_gates import HeadGate, ValueGate
 from .query_key_norms import make_query_key_norms
-from .rotary_embedding import Tables, rotate, rotate_both
+from .rotary import RotaryTables
+from .rotary_embedding import rotate, rotate_both
 from .softmax_attention import (
     Extras,
     Visibility,
@@ -102,7 +103,7 @@ class XTransformerAttention(nn.Module):
         *,
         visibility: Visibility,
         layer_idx: int,
-        rotary: tuple[Tables, Tables] | None = None,
+        rotary: tuple[RotaryTables, RotaryTables] | None = None,
         position_bias: nn.Module | None = None,
         written_out: bool = False,
         past_key_values: Cache | None = None,

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache_name import takes_cache
+from .cache_name import takes_handed_cache
 from .glu_feed_forward import NormedFeedForward
 from .hyper_connections import make_hyper_connection
 from .neighbour_shift import shift_neighbours, stack_neighbours
@@ -106,7 +106,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
             factor = 0.5 if kind == "f" and config.macaron else 1.0
             self.add_module(f"{name}_branch", Branch(config, first_branch + position, factor))
 
-    @takes_cache
+    @takes_handed_cache
     def forward(
         self,
         hidden_states: torch.Tensor,

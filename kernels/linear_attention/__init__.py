@@ -1,6 +1,7 @@
 """Linear attention: softmax-free attention whose state has a constant size. The public names of the operation."""
 
 from .api import LinearAttentionOutput, linear_attention
+from .eager_step import plain_step, step_offsets
 from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap
 from .state import LinearAttentionState
 
@@ -12,4 +13,6 @@ __all__ = [
     "LinearAttentionOutput",
     "LinearAttentionState",
     "linear_attention",
+    "plain_step",
+    "step_offsets",
 ]

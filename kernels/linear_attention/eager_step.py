@@ -1,10 +1,19 @@
 """One token of causal linear attention without a Triton path: the step of decoding, in few and small operations."""
 
+import math
+
 import torch
 
 from .eager import chunk_features
-from .feature_maps import EXPONENTIAL, project
+from .feature_maps import EXPONENTIAL, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
+
+
+LOG2_E = math.log2(math.e)
+# Between these, sums of features are far from both ends of float32, and a key is not far above the state's scale.
+LEAST_SUM, LARGEST_SUM = 1e-25, 1e6
+# With this floor under the features, no denominator is near 0.
+LEAST_EPSILON = 1e-10
 
 
 def step(query, key, value, feature_map, mask, state, in_place: bool = False):
@@ -40,6 +49,63 @@ def step(query, key, value, feature_map, mask, state, in_place: bool = False):
         denominator.masked_fill_(denominator == 0, 1)
     output = torch.matmul(q, key_value).div_(denominator)
     return output.to(query.dtype), state if in_place else LinearAttentionState(key_value, key_sum, maximum)
+
+
+def step_offsets(log_scale: torch.Tensor) -> torch.Tensor:
+    """What `plain_step` subtracts from the logits of queries (nothing) and keys: `[2 B H, 1]` of `[B, H]`."""
+    return torch.stack([torch.zeros_like(log_scale), log_scale], dim=1).view(-1, 1)
+
+
+def plain_step(
+    query_and_key: torch.Tensor,
+    value: torch.Tensor,
+    feature_map: FeatureMap,
+    state: LinearAttentionState,
+    offsets: torch.Tensor,
+    backend: str = "auto",
+) -> torch.Tensor | None:
+    """The commonest step, in as few operations as there can be: an exponential map, on a CPU, with no new maximum.
+
+    All features are computed relative to `exp(|x'|²/2)`, those of keys to the state's scale as well. Whether that
+    went well is read from their sums, which the floor `ε` needs anyhow; a maximum is not looked for.
+
+    Args:
+        query_and_key: `[B, 2H, 1, D]`, the queries' heads before the keys'; requires no gradient.
+        value: `[B, H, 1, V]`.
+        feature_map: as for `linear_attention`, its tensors in the dtype of the state.
+        state: gets the key and the value in place.
+        offsets: `step_offsets` of the state, the same from step to step.
+        backend: as for `linear_attention`; what asks for kernels is another step.
+
+    Returns:
+        `[B, H, 1, V]`; None, and the state as it was, where the step is another one: `linear_attention` takes all.
+    """
+    key_value, key_sum, _ = state
+    function, projection, bias, scale, epsilon, subtract_norm = feature_map
+    if function != EXPONENTIAL or projection is None or bias is not None or not subtract_norm:
+        return None
+    if epsilon < LEAST_EPSILON or not (query_and_key.dtype == value.dtype == projection.dtype == key_value.dtype):
+        return None
+    if type(query_and_key) is not torch.Tensor or not query_and_key.is_cpu or not key_value.is_contiguous():
+        return None
+    if backend == "triton" or torch.compiler.is_compiling() or torch.is_autocast_enabled("cpu"):
+        return None
+    (batch, heads, count), size = key_sum.shape, value.shape[-1]
+    rows = query_and_key.reshape(2 * batch * heads, -1)
+    lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
+    shifts = torch.addcmul(offsets, lengths, lengths, value=0.5 * scale**2)
+    # Powers of two: of so few numbers, MKL's exponential takes several times as long.
+    features = torch.addmm(shifts, rows, projection.t(), beta=-LOG2_E, alpha=LOG2_E * scale).exp2_()
+    sums = features.sum(dim=-1, keepdim=True)
+    numbers = sums.flatten().tolist()
+    if not LEAST_SUM < min(numbers) <= max(numbers) < LARGEST_SUM:
+        return None
+    query, key = features.add_(sums, alpha=epsilon).view(batch, 2, heads, count).unbind(1)
+    key_value.addcmul_(key.unsqueeze(-1), value)
+    key_sum.add_(key)
+    query = query.reshape(batch * heads, 1, count)  # in three dimensions `bmm` is what it is, without `matmul` around
+    numerator = torch.bmm(query, key_value.view(batch * heads, count, size))
+    return numerator.div_(torch.bmm(query, key_sum.view(batch * heads, count, 1))).view(batch, heads, 1, size)
 
 
 def _token_features(both, feature_map):

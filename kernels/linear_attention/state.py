@@ -15,7 +15,8 @@ class LinearAttentionState(NamedTuple):
 
     With key features `φ(k_j)` and values `v_j`, the true sums are `exp(log_scale) · key_value` and
     `exp(log_scale) · key_sum`. `log_scale` is the running maximum of the keys' own scales, so that the stored sums
-    neither overflow nor vanish; it cancels in the output and therefore has no gradient.
+    neither overflow nor vanish; it cancels in the output and therefore has no gradient. (`plain_step` may leave it
+    below a maximum that is new by less than a factor of a million.)
 
     Shapes (B batch, H heads, M features, V value size), all in the computation's dtype (at least float32):
         key_value: `[B, H, M, V]`, `Σ_j φ(k_j) v_jᵀ`.
