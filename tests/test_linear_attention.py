@@ -83,7 +83,7 @@ def test_averages_like_softmax_attention_with_many_features():
 
 @every_map
 @causal_or_not
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300])
 def test_chunked_is_the_reference_in_double(name, causal, length):
     query, key, value = make_inputs(name, length, keys=length if causal else length + 70, dtype=torch.float64)
     feature_map = make_map(name, 8, torch.float64)
@@ -100,7 +100,7 @@ def test_chunked_is_the_reference_in_double(name, causal, length):
 @some_maps
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150, 1000])
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300, 1000])
 def test_chunked_within_budget(name, causal, dtype, length):
     inputs = make_inputs(name, length, dtype=dtype, batch=2 if length > 100 else 8)
     feature_map = make_map(name, 8)
@@ -113,10 +113,10 @@ def test_chunked_within_budget(name, causal, dtype, length):
 @pytest.mark.parametrize("head_dim, value_dim, features", [(16, 48, 40), (64, 8, 266), (3, 1, 1), (1, 7, 5)])
 @causal_or_not
 def test_sizes_need_not_match(head_dim, value_dim, features, causal):
-    inputs = make_inputs("softmax", 130, head_dim, value_dim)
+    inputs = make_inputs("softmax", 260, head_dim, value_dim)
     feature_map = make_map("softmax", head_dim, features=features)
     actual = linear_attention(*inputs, feature_map, causal=causal)
-    assert actual.output.shape == (2, 3, 130, value_dim) and actual.state.key_value.shape == (
+    assert actual.output.shape == (2, 3, 260, value_dim) and actual.state.key_value.shape == (
         2,
         3,
         features,
@@ -138,11 +138,11 @@ def assert_all_like_eager(actual, inputs, feature_map, causal):
 
 
 SPLITS = {
-    "token-by-token": [1] * 150,
-    "halves": [75, 75],
-    "chunk-multiples": [64, 64, 22],
-    "prefill-then-steps": [100] + [1] * 50,
-    "ragged": [3, 1, 60, 1, 17, 66, 2],
+    "token-by-token": [1] * 300,
+    "halves": [150, 150],
+    "chunk-multiples": [128, 128, 44],
+    "prefill-then-steps": [250] + [1] * 50,
+    "ragged": [3, 1, 124, 1, 37, 130, 4],
 }
 
 
@@ -150,9 +150,9 @@ SPLITS = {
 @pytest.mark.parametrize("split", SPLITS)
 @pytest.mark.parametrize("masked", [False, True], ids=["all-keys", "masked"])
 def test_any_split_is_the_whole(name, split, masked):
-    query, key, value = make_inputs(name, 150, dtype=torch.float64)
+    query, key, value = make_inputs(name, 300, dtype=torch.float64)
     feature_map = make_map(name, 8, torch.float64)
-    mask = random_mask(2, 150) if masked else None
+    mask = random_mask(2, 300) if masked else None
     whole, whole_state = linear_attention(query, key, value, feature_map, causal=True, mask=mask)
     parts, state = run_in_parts(query, key, value, feature_map, SPLITS[split], mask)
     assert_equal_in_double(parts, whole, "output")
@@ -184,14 +184,14 @@ def test_bidirectional_state_collects_keys_over_calls():
 def test_strides_and_views(causal):
     """Transposed, expanded and sliced inputs are read where they lie."""
     feature_map = make_map("softmax", 8)
-    base = torch.randn(2, 130, 3, 3, 8)
+    base = torch.randn(2, 260, 3, 3, 8)
     query, key, value = (base[:, :, index].transpose(1, 2) for index in range(3))
     views = {
         "transposed": (query, key, value),
         "heads expanded": (query, key[:, :1].expand(-1, 3, -1, -1), value[:, :1].expand(-1, 3, -1, -1)),
         "every second token": tuple(t.repeat_interleave(2, 2)[:, :, ::2] for t in (query, key, value)),
         "channels reversed in memory": tuple(t.mT.contiguous().mT for t in (query, key, value)),
-        "length expanded": (query[:, :, :1].expand(-1, -1, 130, -1), key, value),
+        "length expanded": (query[:, :, :1].expand(-1, -1, 260, -1), key, value),
     }
     for name, inputs in views.items():
         assert any(not t.is_contiguous() for t in inputs), name
@@ -209,9 +209,9 @@ def test_strides_and_views(causal):
 @every_map
 @causal_or_not
 def test_nothing_is_read_before_it_is_written(name, causal, nan_poisoned):
-    inputs = [t.requires_grad_() for t in make_inputs(name, 130)]
+    inputs = [t.requires_grad_() for t in make_inputs(name, 260)]
     feature_map = make_map(name, 8)
-    output, state = linear_attention(*inputs, feature_map, causal=causal, mask=random_mask(2, 130))
+    output, state = linear_attention(*inputs, feature_map, causal=causal, mask=random_mask(2, 260))
     (output.sum() + state.key_value.sum() + state.key_sum.sum()).backward()
     for tensor in (output, *state, *(t.grad for t in inputs)):
         assert torch.isfinite(tensor).all()
@@ -219,7 +219,7 @@ def test_nothing_is_read_before_it_is_written(name, causal, nan_poisoned):
 
 @causal_or_not
 def test_inputs_and_state_are_left_alone(causal):
-    inputs = [t.requires_grad_() for t in make_inputs("softmax", 130)]
+    inputs = [t.requires_grad_() for t in make_inputs("softmax", 260)]
     feature_map = make_map("softmax", 8)
     _, state = linear_attention(*make_inputs("softmax", 9), feature_map)
     tensors = [*inputs, *state, feature_map.projection]

@@ -20,14 +20,14 @@ from linear_attention_cases import (
     several,
 )
 
-from hf_efficient.kernels.linear_attention import LinearAttentionState, linear_attention
+from hf_efficient.kernels.linear_attention import LinearAttentionState, autograd, eager, linear_attention
 
 
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 every_map = pytest.mark.parametrize("name", MAPS)
 
 # Length -> draws of the inputs: enough for the largest error to be typical, few enough for the quadratic form.
-DRAWS = {1: 8, 65: 6, 300: 3}
+DRAWS = {1: 8, 129: 4, 300: 3}
 
 
 def make_case(name, length, dtype, causal, masked=False, batch=2):
@@ -51,7 +51,7 @@ def in_double(case):
 
 @every_map
 @causal_or_not
-@pytest.mark.parametrize("length", [1, 2, 63, 64, 65, 150])
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300])
 def test_gradients_are_those_of_the_reference_in_double(name, causal, length):
     case, options = make_case(name, length, torch.float64, causal, masked=True)
     actual, expected = (all_gradients(function, *case, **options) for function in (linear_attention, reference))
@@ -63,7 +63,7 @@ def test_gradients_are_those_of_the_reference_in_double(name, causal, length):
 @pytest.mark.parametrize("name", ["softmax", "optimal-positive", "relu", "exponential-of-inputs-with-bias"])
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("length", [1, 65, pytest.param(300, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("length", [1, 129, pytest.param(300, marks=pytest.mark.slow)])
 def test_gradients_within_budget(name, causal, dtype, length):
     """Over several draws of the inputs, since the largest of few rounding errors is a matter of luck."""
     plain = several(reference, prefix_sums, orders=5)
@@ -87,8 +87,11 @@ def test_gradients_within_budget(name, causal, dtype, length):
 
 @every_map
 @causal_or_not
-def test_gradcheck(name, causal):
+def test_gradcheck(name, causal, monkeypatch):
     """Finite differences, so that the definition's own backward is not the only judge. Two chunks, masked, a state."""
+    monkeypatch.setattr(eager, "CAUSAL_CHUNK", 64)
+    monkeypatch.setattr(eager, "BIDIRECTIONAL_CHUNK", 128)
+    monkeypatch.setattr(autograd, "CAUSAL_CHUNK", 64)
     length = 70 if causal else 3
     query, key, value = make_inputs(name, length, 2, 2, keys=length if causal else 140, batch=1, heads=1)
     feature_map = make_map(name, 2, torch.float64, features=4)
@@ -122,13 +125,13 @@ def test_gradcheck(name, causal):
 
 def test_gradients_flow_through_a_state_to_earlier_calls():
     """Truncation is the caller's choice: undetached, split calls have the gradients of one call."""
-    inputs = make_inputs("softmax", 150, dtype=torch.float64)
+    inputs = make_inputs("softmax", 300, dtype=torch.float64)
     feature_map = make_map("softmax", 8, torch.float64)
     gradients = []
-    for sizes in ([150], [64, 1, 85], [100] + [1] * 50):
+    for sizes in ([300], [128, 1, 171], [250] + [1] * 50):
         leaves = [t.clone().requires_grad_() for t in inputs]
         output, _ = run_in_parts(*leaves, feature_map, sizes)
-        gradients.append(torch.autograd.grad((output * torch.linspace(-1, 1, 150)[:, None]).sum(), leaves))
+        gradients.append(torch.autograd.grad((output * torch.linspace(-1, 1, 300)[:, None]).sum(), leaves))
     for parts in gradients[1:]:
         for part, whole, name in zip(parts, gradients[0], ("query", "key", "value"), strict=True):
             assert_equal_in_double(part, whole, name)
@@ -149,7 +152,7 @@ def test_gradients_through_a_finished_state(name):
 
 
 @causal_or_not
-@pytest.mark.parametrize("length", [1, 70])
+@pytest.mark.parametrize("length", [1, 140])
 @pytest.mark.parametrize("wanted", ["query", "key", "value", "key_value", "projection", "bias"])
 def test_gradient_of_one_thing_alone(causal, length, wanted):
     """Each path that asks "does anything need a gradient" has to ask about everything."""

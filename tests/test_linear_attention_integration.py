@@ -26,7 +26,7 @@ from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionSta
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
-def forward_arguments(name, causal, masked, requires_grad, length=70):
+def forward_arguments(name, causal, masked, requires_grad, length=140):
     query, key, value = make_inputs(name, length, batch=1, heads=2)
     feature_map = make_map(name, 8)
     state = reference(*make_inputs(name, 5, batch=1, heads=2), feature_map)[1]

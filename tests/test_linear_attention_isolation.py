@@ -21,7 +21,7 @@ from hf_efficient.kernels.linear_attention import LinearAttentionState, linear_a
 
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 every_map = pytest.mark.parametrize("name", MAPS)
-LENGTH = 150
+LENGTH = 300
 
 
 @every_map
@@ -33,7 +33,7 @@ def test_causal_means_causal_to_the_bit(name, size, dtype):
     feature_map = make_map(name, 8)
     expected = linear_attention(*inputs, feature_map, causal=True).output
     size = min(size, 1e4) if name == "squared_relu" else size  # its square has to fit float32
-    for token in (0, 1, 62, 63, 64, 65, 127, 128, 149):
+    for token in (0, 1, 126, 127, 128, 129, 255, 256, 299):
         for changed in range(3):  # query, key, value, one at a time
             perturbed = [t.clone() for t in inputs]
             perturbed[changed][:, :, token:] = size * torch.randn_like(perturbed[changed][:, :, token:])
@@ -47,7 +47,7 @@ def test_causal_state_of_a_prefix_is_that_of_the_prefix_alone(name):
     inputs = make_inputs(name, LENGTH, dtype=torch.float64)
     feature_map = make_map(name, 8, torch.float64)
     whole = linear_attention(*inputs, feature_map, causal=True).output
-    for length in (1, 63, 64, 65, 149):
+    for length in (1, 127, 128, 129, 299):
         part = linear_attention(*(t[:, :, :length] for t in inputs), feature_map, causal=True).output
         assert_equal_in_double(part, whole[:, :, :length], f"prefix of {length}")
 
@@ -58,7 +58,7 @@ def padded(tensor, left, right, filling):
     return torch.cat([ends[0], tensor, ends[1]], dim=2)
 
 
-PADDINGS = {"left": (70, 0), "right": (0, 70), "both": (3, 65), "one": (1, 0)}
+PADDINGS = {"left": (140, 0), "right": (0, 140), "both": (3, 129), "one": (1, 0)}
 
 
 @every_map
@@ -97,12 +97,12 @@ def test_rows_without_any_key_are_zero(name, causal):
     feature_map = make_map(name, 8)
     mask = torch.ones(2, LENGTH, dtype=torch.bool)
     mask[0] = False
-    mask[1, :70] = False
+    mask[1, :140] = False
     output, state = linear_attention(*inputs, feature_map, causal=causal, mask=mask)
     assert not output[0].any()
     assert not state.key_value[0].any() and not state.key_sum[0].any()
-    assert output[1, :, 70:].any()
-    assert output[1, :, :70].any() != causal  # before the first key there is nothing to see, unless all keys are seen
+    assert output[1, :, 140:].any()
+    assert output[1, :, :140].any() != causal  # before the first key there is nothing to see, unless all keys are seen
     output.square().sum().backward()
     for tensor, part in zip(inputs, ("query", "key", "value"), strict=True):
         assert torch.isfinite(tensor.grad).all(), part
