@@ -240,6 +240,9 @@ def soft_topk_exact(
         return _TransformedExact.apply(*inputs)
     if is_observed(logits, k):
         return soft_topk_exact_operator(*inputs)
+    if not torch.is_grad_enabled():
+        with _no_autocast(logits):
+            return (exact_forward_triton if backend == "triton" else exact_forward)(*inputs[:-1])
     return _ExactFunction.apply(*inputs)
 
 
