@@ -1,5 +1,7 @@
 """One block of a Performer: attention and feed-forward branches around a residual stream."""
 
+from typing import NamedTuple
+
 import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
@@ -61,99 +63,115 @@ class PerformerLayer(GradientCheckpointingLayer):
                 self.cross_mlp = FeedForward(config)
                 self.cross_mlp_branch = PerformerBranch(config)
 
-    def forward(
-        self, hidden_states: torch.Tensor, encoder_hidden_states: torch.Tensor | None = None, **kwargs
-    ) -> torch.Tensor:
-        """The stream `[B, N, C]` after this block; `kwargs` are what the attentions and the token shift read."""
-        attention, cross, mlp, cross_mlp = self.branches(**kwargs)
-        hidden_states = self.self_attn_branch.add(hidden_states, attention(hidden_states, None))
-        if cross is not None and cross_mlp is None:
-            hidden_states = self.cross_attn_branch.add(hidden_states, cross(hidden_states, encoder_hidden_states))
-        hidden_states = self.mlp_branch.add(hidden_states, mlp(hidden_states, None))
-        if cross_mlp is not None:
-            hidden_states = self.cross_attn_branch.add(hidden_states, cross(hidden_states, encoder_hidden_states))
-            hidden_states = self.cross_mlp_branch.add(hidden_states, cross_mlp(hidden_states, None))
-        return hidden_states
-
     @takes_handed_cache
-    def branches(
+    def forward(
         self,
+        hidden_states: torch.Tensor,
+        encoder_hidden_states: torch.Tensor | None = None,
+        *,
         attention_masks: dict,
         position_ids: torch.Tensor | None = None,
         rotary: RotaryTables | None = None,
         past_key_values=None,
         projections: dict[str, torch.Tensor] | None = None,
         **kwargs,
-    ):
-        """The four branches as functions of the stream and the encoder's states, None where there is none.
+    ) -> torch.Tensor:
+        """The stream `[B, N, C]` after this block.
 
         Args:
             attention_masks: `"padding"`, `"window"`, `"full"`, `"encoder_padding"` and `"encoder_full"`, each a mask
                 or None: see `PerformerModel.forward`.
             position_ids, rotary, past_key_values: see `PerformerAttention.forward`.
             projections: the captured projections of `"self_attn"` and `"cross_attn"`, or None for the buffers.
+            kwargs: what else an attention function reads.
         """
-        projections = projections or {}
+        call = _Call(attention_masks, position_ids, rotary, past_key_values, projections or {}, kwargs)
+        crosses, crosses_alone = self.cross_attn is not None, self.cross_mlp is None
+        hidden_states = self.self_attn_branch.add(hidden_states, self._attend(hidden_states, call))
+        if crosses and crosses_alone:
+            update = self._cross_attend(hidden_states, encoder_hidden_states, call)
+            hidden_states = self.cross_attn_branch.add(hidden_states, update)
+        hidden_states = self.mlp_branch.add(hidden_states, self._feed_forward(hidden_states, call))
+        if crosses and not crosses_alone:
+            update = self._cross_attend(hidden_states, encoder_hidden_states, call)
+            hidden_states = self.cross_attn_branch.add(hidden_states, update)
+            update = self.cross_mlp(self.cross_mlp_branch.enter(hidden_states))
+            hidden_states = self.cross_mlp_branch.add(hidden_states, update)
+        return hidden_states
 
-        def shifted(stream, branch, name):
-            inputs = branch.enter(stream)
-            if not self.shifts_tokens:
-                return inputs
-            padding = attention_masks["padding"]
-            if name == "mlp" and self.mlp_shift_reads_padding:
-                padding = None
-            before = None
-            if past_key_values is not None:
-                layer = getattr(past_key_values, "self_attention_cache", past_key_values).layers[self.layer_idx]
-                masked = inputs if padding is None else inputs * padding[..., None].to(inputs.dtype)
-                before = layer.shift_in(name, masked)
-            return shift_tokens(inputs, self.is_causal, before, padding)
+    @takes_handed_cache
+    def reversible_blocks(
+        self, *, attention_masks, position_ids=None, rotary=None, past_key_values=None, projections=None, **kwargs
+    ):
+        """The pairs of branches of a reversible stack, each ready to be added to a stream; arguments as `forward`'s.
+
+        Each is a function of the stream and the encoder's states.
+        """
+        call = _Call(attention_masks, position_ids, rotary, past_key_values, projections or {}, kwargs)
 
         def attention(stream, _):
-            return self.self_attn(
-                shifted(stream, self.self_attn_branch, "attention"),
-                attention_mask=attention_masks["full"],
-                padding_mask=attention_masks["padding"],
-                window_mask=attention_masks["window"],
-                position_ids=position_ids,
-                rotary=rotary,
-                past_key_values=past_key_values,
-                projection=projections.get("self_attn"),
-                **kwargs,
-            )[0]
+            return self.self_attn_branch.leave(self._attend(stream, call))
 
         def mlp(stream, _):
-            return self.mlp(shifted(stream, self.mlp_branch, "mlp"))
+            return self.mlp_branch.leave(self._feed_forward(stream, call))
 
         def cross(stream, encoder_hidden_states):
-            return self.cross_attn(
-                self.cross_attn_branch.enter(stream),
-                attention_mask=attention_masks["encoder_full"],
-                padding_mask=attention_masks["encoder_padding"],
-                encoder_hidden_states=encoder_hidden_states,
-                past_key_values=past_key_values,
-                projection=projections.get("cross_attn"),
-                **kwargs,
-            )[0]
+            return self.cross_attn_branch.leave(self._cross_attend(stream, encoder_hidden_states, call))
 
         def cross_mlp(stream, _):
-            return self.cross_mlp(self.cross_mlp_branch.enter(stream))
+            return self.cross_mlp_branch.leave(self.cross_mlp(self.cross_mlp_branch.enter(stream)))
 
-        return (
-            attention,
-            cross if self.cross_attn is not None else None,
-            mlp,
-            cross_mlp if self.cross_mlp is not None else None,
-        )
+        return [(attention, mlp)] + ([(cross, cross_mlp)] if self.cross_attn is not None else [])
 
-    def reversible_blocks(self, **kwargs):
-        """The pairs of branches of a reversible stack, each ready to be added to a stream."""
-        attention, cross, mlp, cross_mlp = self.branches(**kwargs)
+    def _attend(self, stream: torch.Tensor, call: "_Call") -> torch.Tensor:
+        inputs = self.self_attn_branch.enter(stream)
+        if self.shifts_tokens:
+            inputs = self._shifted(inputs, "attention", call.attention_masks["padding"], call.past_key_values)
+        return self.self_attn(
+            inputs,
+            attention_mask=call.attention_masks["full"],
+            padding_mask=call.attention_masks["padding"],
+            window_mask=call.attention_masks["window"],
+            position_ids=call.position_ids,
+            rotary=call.rotary,
+            past_key_values=call.past_key_values,
+            projection=call.projections.get("self_attn"),
+            **call.others,
+        )[0]
 
-        def scaled(branch, function):
-            return lambda stream, context: branch.leave(function(stream, context))
+    def _feed_forward(self, stream: torch.Tensor, call: "_Call") -> torch.Tensor:
+        inputs = self.mlp_branch.enter(stream)
+        if self.shifts_tokens:
+            padding = None if self.mlp_shift_reads_padding else call.attention_masks["padding"]
+            inputs = self._shifted(inputs, "mlp", padding, call.past_key_values)
+        return self.mlp(inputs)
 
-        blocks = [(scaled(self.self_attn_branch, attention), scaled(self.mlp_branch, mlp))]
-        if cross is not None:
-            blocks.append((scaled(self.cross_attn_branch, cross), scaled(self.cross_mlp_branch, cross_mlp)))
-        return blocks
+    def _cross_attend(self, stream: torch.Tensor, encoder_hidden_states: torch.Tensor, call: "_Call") -> torch.Tensor:
+        return self.cross_attn(
+            self.cross_attn_branch.enter(stream),
+            attention_mask=call.attention_masks["encoder_full"],
+            padding_mask=call.attention_masks["encoder_padding"],
+            encoder_hidden_states=encoder_hidden_states,
+            past_key_values=call.past_key_values,
+            projection=call.projections.get("cross_attn"),
+            **call.others,
+        )[0]
+
+    def _shifted(self, inputs: torch.Tensor, name: str, padding: torch.Tensor | None, past_key_values) -> torch.Tensor:
+        before = None
+        if past_key_values is not None:
+            layer = getattr(past_key_values, "self_attention_cache", past_key_values).layers[self.layer_idx]
+            masked = inputs if padding is None else inputs * padding[..., None].to(inputs.dtype)
+            before = layer.shift_in(name, masked)
+        return shift_tokens(inputs, self.is_causal, before, padding)
+
+
+class _Call(NamedTuple):
+    """What every branch of a block is handed beside the stream: arguments of `PerformerLayer.forward`."""
+
+    attention_masks: dict
+    position_ids: torch.Tensor | None
+    rotary: RotaryTables | None
+    past_key_values: object | None
+    projections: dict
+    others: dict

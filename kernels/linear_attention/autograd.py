@@ -7,14 +7,14 @@ over chunks that they would unroll.
 import torch
 from torch import Tensor
 
+from ..backend import is_observed
 from ..custom_operator import custom_operator
 from .eager import CAUSAL_CHUNK, bidirectional_backward, bidirectional_forward, causal_backward, causal_forward
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
 
 
-@custom_operator("linear_attention_forward")
-def _forward(
+def _chunked_forward(
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -40,6 +40,9 @@ def _forward(
             output, state, denominators = bidirectional_forward(query, key, value, feature_map, mask, state)
             saved = [denominators, key_value.new_empty(0), log_scale.new_empty(0)]
         return output, *state, *saved
+
+
+_forward = custom_operator("linear_attention_forward")(_chunked_forward)
 
 
 @_forward.register_fake
@@ -156,8 +159,11 @@ def linear_attention_eager(
     # The states between the chunks are worth their memory only if somebody will go back through them.
     save_states = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
     function, projection, bias, *options = feature_map
-    output, *new_state = _forward(
-        query, key, value, *state, mask, projection, bias, function, *options, causal, save_states
-    )[:4]
+    inputs = (query, key, value, *state, mask, projection, bias, function, *options, causal, save_states)
+    if save_states or is_observed(*(t for t in tensors if t is not None)):
+        output, *new_state = _forward(*inputs)[:4]
+    else:
+        with torch.no_grad():
+            output, *new_state = _chunked_forward(*inputs)[:4]
     # Rounded out here: the backward pass divides by small differences from the output, which have to be exact.
     return output.to(value.dtype), LinearAttentionState(*new_state)

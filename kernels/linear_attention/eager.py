@@ -20,8 +20,8 @@ from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
-# Rows at a time. Measured on two cores (m = 266, d = 64): on an EPYC the causal form takes the same time with 32 to 128
-# rows, on a Xeon 10 to 20 % less with 128 than with 64 or 256; the other form there 5 % less with 256 than with 128.
+# Rows at a time. Measured on two cores (m = 266, d = 64): the causal form takes an EPYC the same time with 32 to 128,
+# a Xeon 10 to 20 % less with 128 than with 64 or 256, and in the other form 5 % less with 256 than with 128.
 CAUSAL_CHUNK = 128
 BIDIRECTIONAL_CHUNK = 256
 
