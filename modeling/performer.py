@@ -107,7 +107,9 @@ class PerformerModel(PerformerPreTrainedModel):
         self.register_buffer("forwards_since_redraw", torch.zeros((), dtype=torch.int64))
         self.register_buffer("num_redraws", torch.zeros((), dtype=torch.int64))
         # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
-        self.is_softmax_only = set(config.layer_types) == {"full_attention"}
+        self.layer_kinds = frozenset(config.layer_types)
+        self.reads_encoder, self.is_reversible = config.add_cross_attention, config.reversible
+        self.can_cache = config.is_decoder and config.feature_stabilizer != "sequence"
         self.rotary = (config.head_dim, config.rotary_emb_base) if config.uses_rotary else None
         self.gradient_checkpointing = False
         self.post_init()
@@ -145,9 +147,9 @@ class PerformerModel(PerformerPreTrainedModel):
         """
         config = self.config
         check_inputs(input_ids, inputs_embeds, self.embed_tokens)
-        if config.add_cross_attention and encoder_hidden_states is None:
+        if self.reads_encoder and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given to a model with add_cross_attention=True, got None")
-        if past_key_values is not None and (not config.is_decoder or config.feature_stabilizer == "sequence"):
+        if past_key_values is not None and not self.can_cache:
             raise ValueError(
                 "past_key_values needs is_decoder=True and feature_stabilizer='running', got "
                 f"is_decoder={config.is_decoder}, feature_stabilizer={config.feature_stabilizer!r}"
@@ -155,13 +157,13 @@ class PerformerModel(PerformerPreTrainedModel):
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
         # A reversible stack runs its blocks again in the backward pass, when a cache would already hold their tokens.
-        recomputes = config.reversible and torch.is_grad_enabled() and past_key_values is None
+        recomputes = self.is_reversible and torch.is_grad_enabled() and past_key_values is None
         if use_cache and past_key_values is None and config.is_decoder and not recomputes:
             past_key_values = self._new_cache()
 
         past_length = 0 if past_key_values is None else past_key_values.get_seq_length()
         length = inputs_embeds.shape[1]
-        check_attention_mask(attention_mask, inputs_embeds, past_length, self.is_softmax_only)
+        check_attention_mask(attention_mask, inputs_embeds, past_length, self.layer_kinds == {"full_attention"})
         if position_ids is None:
             # The original counts padding as positions.
             counted = None if config.masked_keys_in_normalizer else attention_mask
@@ -172,6 +174,7 @@ class PerformerModel(PerformerPreTrainedModel):
         arguments = {
             "attention_masks": make_attention_masks(
                 config,
+                self.layer_kinds,
                 hidden_states,
                 attention_mask,
                 position_ids,
@@ -184,7 +187,7 @@ class PerformerModel(PerformerPreTrainedModel):
             CACHE: past_key_values,
         }
         projections = redraw_and_capture(self)
-        if config.reversible:
+        if self.is_reversible:
             blocks = []
             for layer, captured in zip(self.layers, projections, strict=True):
                 blocks += layer.reversible_blocks(projections=captured, **arguments, **kwargs)

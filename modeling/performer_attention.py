@@ -82,6 +82,7 @@ class PerformerAttention(_PerformerAttentionBase):
         self.has_global_heads = self.num_local_heads < config.num_attention_heads
         self.may_be_plain = self.is_causal and not (self.num_local_heads or self.has_legacy_features)
         self.may_be_plain &= self.num_key_value_groups == 1 and not self.masked_keys_in_normalizer
+        self.may_be_plain &= self.feature_map in ("softmax", "hyperbolic") and self.feature_epsilon > 0
         rows = self.num_projection_rows(config) if self.has_global_heads else 0
         # Persistent: the weights were trained with these features and mean nothing without them.
         self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
@@ -177,7 +178,7 @@ class PerformerAttention(_PerformerAttentionBase):
         Args:
             query, key, value: `[B, 1, H * D]`, whose heads need no transposition.
         """
-        if torch.is_grad_enabled() or not layer.owns_state:
+        if torch.is_grad_enabled() or not query.is_cpu or not layer.owns_state or query.dtype != layer.keys.dtype:
             return None
         batch = query.shape[0]
         both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)

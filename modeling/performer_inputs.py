@@ -9,9 +9,12 @@ from .padding import padding_among_new_tokens
 
 
 def make_attention_masks(
-    config, hidden_states, mask, position_ids, past_key_values, encoder_hidden_states, encoder_mask
+    config, kinds, hidden_states, mask, position_ids, past_key_values, encoder_hidden_states, encoder_mask
 ) -> dict[str, torch.Tensor | None]:
     """The masks that the blocks choose from, each None where nothing is masked or no block needs it.
+
+    Args:
+        kinds: the set of `config.layer_types`.
 
     Returns:
         `"padding"` `[B, N]`: real tokens among the new ones, for linear heads and the token shift.
@@ -24,7 +27,6 @@ def make_attention_masks(
         mask, dict
     ):  # generate made them ahead of a compiled step, which happens to pure softmax stacks only
         return {**masks, "full": mask["full_attention"]}
-    kinds = set(config.layer_types)
     if LINEAR_LAYER_TYPE in kinds or config.shift_tokens:
         masks["padding"] = padding_among_new_tokens(mask, hidden_states.shape[1])
         masks["window"] = mask

@@ -39,7 +39,7 @@ def rotary_tables(position_ids: Tensor, dim: int, base: float) -> RotaryTables:
     Computed where they are needed, so there is no buffer that could be lost or cast to a low precision.
     """
     frequencies = _known_frequencies(dim, base) if _is_plain(position_ids) else _frequencies(dim, base, position_ids)
-    return RotaryTables.of(position_ids[:, None, :, None].to(torch.float32) * frequencies)
+    return RotaryTables.of(position_ids.to(torch.float32)[:, None, :, None] * frequencies)
 
 
 def apply_rotary(states: Tensor, tables: RotaryTables) -> Tensor:

@@ -130,11 +130,14 @@ def test_generation_goes_through_it_and_gives_what_it_gave(rows, options, monkey
 @pytest.mark.parametrize(
     "options",
     [
+        {"feature_map": "relu"},
+        {"feature_map": "optimal_positive"},
+        {"feature_epsilon": 0.0},
         {"num_key_value_heads": 2},
         {"num_local_attention_heads": 1},
         {"masked_keys_in_normalizer": True},
     ],
-    ids=lambda options: next(iter(options)),
+    ids=lambda options: "-".join(map(str, next(iter(options.items())))),
 )
 def test_other_attentions_do_not_ask_for_it(options):
     assert not performer(**options).model.layers[0].self_attn.may_be_plain
