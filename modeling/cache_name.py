@@ -2,8 +2,7 @@
 
 Our models say `past_key_values`, as the oldest transformers does that they run with. `takes_cache` stands on whatever
 is handed one, so that either name does; `CACHE` is the name by which the installed transformers hands it on, finds it
-in an output, and takes it away from a checkpointed layer. Inner layers, to which only our own models hand a cache,
-have `takes_handed_cache`.
+in an output, and takes it away from a checkpointed layer.
 """
 
 import functools
@@ -31,8 +30,3 @@ def takes_cache(function):
         return function(self, *args, **kwargs)
 
     return by_either_name
-
-
-def takes_handed_cache(function):
-    """As `takes_cache`, for what is called with `CACHE` alone: nothing, where that is the name in our signatures."""
-    return function if CACHE == "past_key_values" else takes_cache(function)

@@ -40,7 +40,7 @@ def padding_among_new_tokens(attention_mask, length: int) -> torch.Tensor | None
     if attention_mask is None or attention_mask.ndim != 2:
         return None
     mask = attention_mask[:, -length:].contiguous()
-    # Looking waits for the device: well spent on a prompt, not on every token after it.
-    if length > 1 and not is_tracing(mask) and bool((mask == 1).all()):
+    # Looking waits for a GPU: well spent on a prompt, not on every token after it.
+    if (length > 1 or mask.is_cpu) and not is_tracing(mask) and bool((mask == 1).all()):
         return None
     return mask

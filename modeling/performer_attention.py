@@ -180,6 +180,8 @@ class PerformerAttention(_PerformerAttentionBase):
         """
         if torch.is_grad_enabled() or not query.is_cpu or not layer.owns_state or query.dtype != layer.keys.dtype:
             return None
+        if not hasattr(layer, "step_offsets"):  # of an older copy of this code
+            return None
         batch = query.shape[0]
         both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)
         if rotary is not None:

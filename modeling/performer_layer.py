@@ -4,9 +4,10 @@ from typing import NamedTuple
 
 import torch
 from torch import nn
+from transformers.cache_utils import Cache
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache_name import takes_handed_cache
+from .cache_name import takes_cache
 from .feed_forward import FeedForward
 from .norms import ReZeroScale, make_norm
 from .performer_attention import PerformerAttention, PerformerSoftmaxAttention
@@ -63,7 +64,7 @@ class PerformerLayer(GradientCheckpointingLayer):
                 self.cross_mlp = FeedForward(config)
                 self.cross_mlp_branch = PerformerBranch(config)
 
-    @takes_handed_cache
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -99,7 +100,7 @@ class PerformerLayer(GradientCheckpointingLayer):
             hidden_states = self.cross_mlp_branch.add(hidden_states, update)
         return hidden_states
 
-    @takes_handed_cache
+    @takes_cache
     def reversible_blocks(
         self, *, attention_masks, position_ids=None, rotary=None, past_key_values=None, projections=None, **kwargs
     ):
@@ -172,6 +173,6 @@ class _Call(NamedTuple):
     attention_masks: dict
     position_ids: torch.Tensor | None
     rotary: RotaryTables | None
-    past_key_values: object | None
+    past_key_values: Cache | None
     projections: dict
     others: dict

@@ -9,6 +9,7 @@ import functools
 import torch
 from torch import Tensor, nn
 
+from ..kernels.backend import is_observed
 from .row_blocks import row_blocks, worth_blocks
 
 
@@ -30,13 +31,12 @@ class RMSNorm(nn.RMSNorm):
 
 
 def _is_plain_inference(hidden_states: Tensor, weight: Tensor) -> bool:
-    """Whether nothing but numbers is asked for: no gradient, no wider type inside, no tracing, no other machine."""
+    """Whether nothing but numbers is asked for: no gradient, no wider type inside, nobody who looks on."""
     return (
         not torch.is_grad_enabled()
+        and hidden_states.is_cpu
         and hidden_states.dtype == weight.dtype == torch.float32
-        and type(hidden_states) is Tensor
-        and hidden_states.device.type == "cpu"
-        and not torch.compiler.is_compiling()
+        and not is_observed(hidden_states, weight)
     )
 
 

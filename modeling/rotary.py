@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..kernels.backend import is_observed
+
 
 class RotaryTables(NamedTuple):
     """How much each channel turns, for N positions of B rows or of all rows; all float32.
@@ -27,7 +29,7 @@ class RotaryTables(NamedTuple):
         cos, sin = angles.cos(), angles.sin()
         if factor != 1:
             cos, sin = cos * factor, sin * factor
-        if angles.numel() != angles.shape[-1] or torch.is_grad_enabled() or not _is_plain(angles):
+        if angles.numel() != angles.shape[-1] or not _may_be_a_product(angles):
             return cls(cos, sin)
         straight, crossed = _patterns(angles.shape[-1])
         return cls(cos, sin, torch.addcmul(straight * cos.view(-1), crossed, sin.view(-1)))
@@ -38,7 +40,8 @@ def rotary_tables(position_ids: Tensor, dim: int, base: float) -> RotaryTables:
 
     Computed where they are needed, so there is no buffer that could be lost or cast to a low precision.
     """
-    frequencies = _known_frequencies(dim, base) if _is_plain(position_ids) else _frequencies(dim, base, position_ids)
+    known = position_ids.is_cpu and not is_observed(position_ids)
+    frequencies = _known_frequencies(dim, base) if known else _frequencies(dim, base, position_ids)
     return RotaryTables.of(position_ids.to(torch.float32)[:, None, :, None] * frequencies)
 
 
@@ -56,9 +59,10 @@ def both_halves(frequencies: Tensor) -> Tensor:
     return torch.cat([-frequencies, frequencies])
 
 
-def _is_plain(tensor: Tensor) -> bool:
-    """Whether a tensor is made of numbers on a CPU, and may meet one that an earlier call has made."""
-    return type(tensor) is Tensor and tensor.is_cpu and not torch.compiler.is_compiling()
+def _may_be_a_product(angles: Tensor) -> bool:
+    """Whether a product of matrices computes in float32 here, and nobody looks on."""
+    exact = torch.get_float32_matmul_precision() == "highest" and not torch.is_autocast_enabled("cpu")
+    return exact and angles.is_cpu and not torch.is_grad_enabled() and not is_observed(angles)
 
 
 def _frequencies(dim: int, base: float, like: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from ..kernels.flash_attention import flash_attention, merge_attention, part_gradients
+from .rotary import RotaryTables
 
 
 class ContextChunk(NamedTuple):
@@ -64,7 +65,7 @@ def make_scores(scale: float, dropout: float, device: torch.device) -> Scores:
 
 
 def split_context(
-    context: Tensor, size: int, key_mask: Tensor | None, rotary: tuple[Tensor, Tensor] | None, causal_length: int
+    context: Tensor, size: int, key_mask: Tensor | None, rotary: RotaryTables | None, causal_length: int
 ) -> list[ContextChunk]:
     """Cut `context` `[B, K, C]`, its mask and its rotary tables `[B or 1, 1, K, D]` into chunks of `size`.
 
@@ -76,7 +77,7 @@ def split_context(
     chunks = []
     for start, end in pairwise(edges):
         here = slice(start, end)
-        tables = None if rotary is None else tuple(table[:, :, here] for table in rotary)
+        tables = None if rotary is None else RotaryTables(*(table[:, :, here] for table in rotary[:2]))
         mask = None if key_mask is None else key_mask[:, here]
         causal = bool(causal_length) and end == length
         chunks.append(ContextChunk(context[:, here], mask, tables, causal))
@@ -103,7 +104,7 @@ def chunked_attention(
     context: Tensor,
     size: int,
     key_mask: Tensor | None,
-    rotary: tuple[Tensor, Tensor] | None,
+    rotary: RotaryTables | None,
     causal_length: int,
     project: Project,
     parameters: Sequence[Tensor],

@@ -113,6 +113,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
         self.norm = block_norm(config) if config.final_norm else nn.Identity()
         # Read once: these are several fields each, and a field costs as much as a small operation.
         self.cache_kind, self.keeps_prefix = config.layer_types[0], config.keeps_prefix
+        self.order, self.num_streams = list(config.execution_order), config.num_residual_streams
+        self.num_prefix_tokens, self.num_cls_tokens = config.num_prefix_tokens, config.num_cls_tokens
+        self.reads_encoder, self.remembers = config.add_cross_attention, config.mem_len > 0
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -185,7 +188,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
             attention_mask = rows.mask.long()
         check_inputs(input_ids, inputs_embeds, self.embed_tokens)
         check_cache(past_key_values, config, self.cache_kind)
-        if config.add_cross_attention and encoder_hidden_states is None:
+        if self.reads_encoder and encoder_hidden_states is None:
             raise ValueError("encoder_hidden_states must be given to a model with add_cross_attention=True, got None")
         if inputs_embeds is None:
             inputs_embeds = self.embed_tokens(input_ids)
@@ -212,7 +215,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         padding = None if mask is None else mask[:, -hidden_states.shape[1] :]
         check_segment_memory(segment_memory, hidden_states.shape[0], config)
         recalled, query_position_ids = None, position_ids
-        if config.mem_len:
+        if self.remembers:
             mask, query_position_ids, recalled = recall(segment_memory, mask, position_ids, past_key_values, length)
             position_ids = recalled.key_position_ids
         if self.training and config.masked_key_probability and past_key_values is None:
@@ -229,9 +232,9 @@ class XTransformerModel(XTransformerPreTrainedModel):
             "recalled": recalled,
         }
         carried, entered = Carried(), []
-        hidden_states = split_streams(hidden_states, config.num_residual_streams)
+        hidden_states = split_streams(hidden_states, self.num_streams)
         layers = list(self.layers)  # an index into a ModuleList costs as much as a small operation
-        for layer_idx, block_idx in enumerate(config.execution_order):
+        for layer_idx, block_idx in enumerate(self.order):
             hidden_states, *carried = layers[block_idx](
                 hidden_states, encoder_hidden_states, *carried, layer_idx=layer_idx, **arguments
             )
@@ -239,13 +242,13 @@ class XTransformerModel(XTransformerPreTrainedModel):
             if carried.entered is not None:
                 entered.append(carried.entered)
                 carried = carried._replace(entered=None)
-        hidden_states = join_streams(hidden_states, config.num_residual_streams)
+        hidden_states = join_streams(hidden_states, self.num_streams)
         if config.hidden_state_softcapping is not None:
             cap = config.hidden_state_softcapping
             hidden_states = cap * torch.tanh(hidden_states / cap)
         hidden_states = self.norm(hidden_states)
         cls_states = None
-        if config.num_cls_tokens:
+        if self.num_cls_tokens:
             cls_states = read_prefix(hidden_states, prefix, config.num_memory_tokens, config.num_cls_tokens)
         if hidden_states.shape[1] != length:
             kept = hidden_states.shape[1] - length - config.num_prefix_tokens if keep_prepended else 0
@@ -279,7 +282,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         """
         learned = [tokens for tokens in (self.memory_tokens, self.cls_tokens) if tokens is not None]
         prepended, hidden_states = hidden_states.split_with_sizes((hidden_states.shape[1] - length, length), dim=1)
-        count = self.config.num_prefix_tokens + prepended.shape[1]
+        count = self.num_prefix_tokens + prepended.shape[1]
         is_first, first_length = True, length
         if past_key_values is not None and self.keeps_prefix:
             layers = getattr(past_key_values, "self_attention_cache", past_key_values).layers

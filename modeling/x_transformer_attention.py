@@ -143,7 +143,7 @@ class XTransformerAttention(nn.Module):
 
     def split_heads(self, states: torch.Tensor, size: int) -> torch.Tensor:
         """`[B, N, H * D]` to `[B, H, N, D]`; tensor parallelism may have left fewer heads than the config says."""
-        return states.view(*states.shape[:2], -1, size).transpose(1, 2)
+        return states.view(*states.shape[:2], states.shape[-1] // size, size).transpose(1, 2)
 
     def _project_in(self, hidden_states, source, first_values, rotary, past_key_values, layer_idx):
         """Queries, keys, values, and the values before they were mixed with those of the first block."""

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from .cache_name import takes_handed_cache
+from .cache_name import takes_cache
 from .glu_feed_forward import NormedFeedForward
 from .hyper_connections import make_hyper_connection
 from .neighbour_shift import shift_neighbours, stack_neighbours
@@ -93,12 +93,12 @@ class XTransformerLayer(GradientCheckpointingLayer):
         self.penalised = bool(config.attention_z_loss_coef)
         mixes = config.value_residual or config.residual_attention or config.cross_residual_attention
         self.carries = bool(mixes or self.penalised or self.remembers)
-        self.branch_names: list[tuple[str, str]] = []
+        self.branch_names: list[tuple[str, str, str]] = []  # kind, function and what stands around it
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
             count = self.order[:position].count(kind)
             name += f"_{count + 1}" if count else ""
-            self.branch_names.append((kind, name))
+            self.branch_names.append((kind, name, f"{name}_branch"))
             if kind == "f":
                 self.add_module(name, NormedFeedForward(config))
             else:
@@ -106,7 +106,7 @@ class XTransformerLayer(GradientCheckpointingLayer):
             factor = 0.5 if kind == "f" and config.macaron else 1.0
             self.add_module(f"{name}_branch", Branch(config, first_branch + position, factor))
 
-    @takes_handed_cache
+    @takes_cache
     def forward(
         self,
         hidden_states: torch.Tensor,
@@ -134,8 +134,8 @@ class XTransformerLayer(GradientCheckpointingLayer):
                 `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
-        for kind, name in self.branch_names:
-            function, branch = getattr(self, name), getattr(self, f"{name}_branch")
+        for kind, name, surroundings in self.branch_names:
+            function, branch = getattr(self, name), getattr(self, surroundings)
             entered, mixed = (hidden_states, None) if branch.hyper_connection is None else branch.read(hidden_states)
             inputs = branch.norm(entered)
             if branch.shift:

@@ -8,6 +8,7 @@ from linear_attention_cases import make_inputs, make_map, reference
 from hf_efficient import PerformerConfig, PerformerForCausalLM
 from hf_efficient.kernels.linear_attention import LinearAttentionState, linear_attention, plain_step, step_offsets
 from hf_efficient.modeling import performer_attention
+from hf_efficient.modeling.recurrent_cache import RecurrentStateLayer
 
 
 BATCH, HEADS = 2, 3
@@ -94,6 +95,8 @@ def test_other_numbers_are_not_plain():
     assert plain(*(states.bfloat16() for states in token), feature_map, start)[0] is None
     spread = start._replace(key_value=start.key_value.mT.contiguous().mT)
     assert plain(*token, feature_map, spread)[0] is None
+    spread = start._replace(key_sum=start.key_sum.mT.contiguous().mT)
+    assert plain(*token, feature_map, spread)[0] is None
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert plain(*token, feature_map, start)[0] is None
     both, offsets = torch.cat(token[:2], dim=1), step_offsets(start.log_scale)
@@ -125,6 +128,45 @@ def test_generation_goes_through_it_and_gives_what_it_gave(rows, options, monkey
     slow = model.generate(tokens, **settings)
     assert torch.equal(quick.sequences, slow.sequences)
     torch.testing.assert_close(torch.stack(quick.logits), torch.stack(slow.logits), rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+def test_a_padded_batch_goes_through_it_too(monkeypatch):
+    model, calls = performer(), []
+    tokens, mask = torch.randint(1, 40, (2, 12)), torch.ones(2, 12, dtype=torch.long)
+    mask[1, :5] = 0
+    monkeypatch.setattr(performer_attention, "plain_step", lambda *a: calls.append(plain_step(*a)) or calls[-1])
+    together = model.generate(tokens, attention_mask=mask, max_new_tokens=8, do_sample=False)
+    assert len(calls) == 7 * 2 and sum(output is not None for output in calls) > 8
+    alone = model.generate(tokens[1:, 5:], max_new_tokens=8, do_sample=False)
+    assert torch.equal(together[1, 12:], alone[0, 7:])
+
+
+@torch.no_grad()
+def test_keys_far_below_the_largest_one_are_no_obstacle():
+    feature_map = make_map("softmax", 8)
+    start, tokens = behind_a_prompt("softmax", feature_map)
+    high = start._replace(log_scale=start.log_scale + 200)  # as behind a key that all attend to
+    output, state, refused = walk(tokens, feature_map, high, plain)
+    assert not refused
+    torch.testing.assert_close(output, walk(tokens, feature_map, high, general)[0])
+
+
+@torch.no_grad()
+def test_a_cache_of_an_older_copy_of_this_code_is_read_as_before(monkeypatch):
+    model, tokens = performer(), torch.randint(1, 40, (1, 12))
+    expected = model.generate(tokens, max_new_tokens=8, do_sample=False)
+    monkeypatch.delattr(RecurrentStateLayer, "step_offsets")
+    assert torch.equal(model.generate(tokens, max_new_tokens=8, do_sample=False), expected)
+
+
+@torch.no_grad()
+def test_no_rows_are_no_obstacle_to_the_general_step():
+    feature_map = make_map("softmax", 8)
+    empty = LinearAttentionState.empty(0, HEADS, 24, 5)
+    token = [torch.zeros(0, HEADS, 1, size) for size in (8, 8, 5)]
+    assert plain(*token, feature_map, empty)[0] is None
+    assert general(*token, feature_map, empty).output.shape == (0, HEADS, 1, 5)
 
 
 @pytest.mark.parametrize(

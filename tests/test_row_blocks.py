@@ -79,13 +79,29 @@ def test_the_norm_of_a_few_rows_without_gradients_is_torchs(dtype, rows):
         assert torch.equal(norm(inputs), fast)
 
 
-def test_the_norm_runs_on_tensors_without_numbers_before_and_after_real_ones():
-    norm = RMSNorm(WIDTH, eps=0.125)
+@torch.no_grad()
+def test_the_norm_leaves_nothing_behind_when_somebody_looks_on():
+    """What it keeps from call to call is made of numbers, whoever calls first."""
+    norm, rows = RMSNorm(WIDTH, eps=0.125), torch.ones(1, 2, WIDTH)
+    expected = torch.full((1, 2, WIDTH), 1.125**-0.5)
     for _ in range(2):
-        with torch.no_grad(), FakeTensorMode(allow_non_fake_inputs=True):
-            assert norm(torch.ones(1, 2, WIDTH)).shape == (1, 2, WIDTH)
-        with torch.no_grad():
-            torch.testing.assert_close(norm(torch.ones(1, 2, WIDTH)), torch.full((1, 2, WIDTH), 1.125**-0.5))
+        with FakeTensorMode(allow_non_fake_inputs=True):
+            assert norm(rows).shape == norm(torch.ones(1, 2, WIDTH)).shape == (1, 2, WIDTH)
+        torch.testing.assert_close(norm(rows), expected)
+
+
+@torch.no_grad()
+def test_an_ensemble_of_norms_is_each_of_them():
+    norms = [RMSNorm(WIDTH, eps=1e-6) for _ in range(3)]
+    for norm in norms:
+        norm.weight.uniform_()
+    weights = torch.stack([norm.weight for norm in norms])
+    rows = torch.randn(2, WIDTH)
+
+    def call(weight):
+        return torch.func.functional_call(norms[0], {"weight": weight}, (rows,))
+
+    torch.testing.assert_close(torch.func.vmap(call)(weights), torch.stack([norm(rows) for norm in norms]))
 
 
 def test_a_row_of_zeros_has_a_gradient():

@@ -328,3 +328,10 @@ def test_an_encoder_refuses_what_only_decoders_have():
 def test_a_cache_that_forgets_memory_tokens_is_refused():
     with pytest.raises(ValueError, match=r"DynamicCache\(config=model.config\)"):
         causal_model("memory tokens")(tokens(1, 5), past_key_values=DynamicCache())
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0)])
+def test_nothing_in_is_nothing_out(shape):
+    config = XTransformerConfig(vocab_size=20, hidden_size=16, num_hidden_layers=1, num_attention_heads=2)
+    model = XTransformerForMaskedLM(config).eval()
+    assert model(torch.zeros(shape, dtype=torch.long)).logits.shape == (*shape, 20)

@@ -14,9 +14,9 @@ class LinearAttentionState(NamedTuple):
     """Sums over the keys seen so far, relative to `exp(log_scale)`.
 
     With key features `φ(k_j)` and values `v_j`, the true sums are `exp(log_scale) · key_value` and
-    `exp(log_scale) · key_sum`. `log_scale` is the running maximum of the keys' own scales, so that the stored sums
-    neither overflow nor vanish; it cancels in the output and therefore has no gradient. (`plain_step` may leave it
-    below a maximum that is new by less than a factor of a million.)
+    `exp(log_scale) · key_sum`. `log_scale` is the running maximum of the keys' own scales, or below it by a
+    factor of a million at most (`plain_step`), so that the stored sums neither overflow nor vanish; it cancels in the
+    output and therefore has no gradient.
 
     Shapes (B batch, H heads, M features, V value size), all in the computation's dtype (at least float32):
         key_value: `[B, H, M, V]`, `Σ_j φ(k_j) v_jᵀ`.
