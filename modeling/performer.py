@@ -110,7 +110,7 @@ class PerformerModel(PerformerPreTrainedModel):
         self.layer_kinds = frozenset(config.layer_types)
         self.reads_encoder, self.is_reversible = config.add_cross_attention, config.reversible
         self.can_cache = config.is_decoder and config.feature_stabilizer != "sequence"
-        self.rotary = (config.head_dim, config.rotary_emb_base) if config.uses_rotary else None
+        self.rotary_arguments = (config.head_dim, config.rotary_emb_base) if config.uses_rotary else None
         self.gradient_checkpointing = False
         self.post_init()
 
@@ -183,7 +183,7 @@ class PerformerModel(PerformerPreTrainedModel):
                 encoder_attention_mask,
             ),
             "position_ids": position_ids,
-            "rotary": None if self.rotary is None else rotary_tables(position_ids, *self.rotary),
+            "rotary": None if self.rotary_arguments is None else rotary_tables(position_ids, *self.rotary_arguments),
             CACHE: past_key_values,
         }
         projections = redraw_and_capture(self)

@@ -43,7 +43,8 @@ def _is_plain_inference(hidden_states: Tensor, weight: Tensor) -> bool:
 @functools.cache
 def _scalar(number: float) -> Tensor:
     """A tensor of one number: made anew from a Python number, it would take as long as the operator that reads it."""
-    return torch.tensor(number, dtype=torch.float32, device="cpu")
+    with torch.inference_mode(False):
+        return torch.tensor(number, dtype=torch.float32, device="cpu")
 
 
 class _BlockedNorm(torch.autograd.Function):

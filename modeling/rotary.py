@@ -41,7 +41,7 @@ def rotary_tables(position_ids: Tensor, dim: int, base: float) -> RotaryTables:
     Computed where they are needed, so there is no buffer that could be lost or cast to a low precision.
     """
     known = position_ids.is_cpu and not is_observed(position_ids)
-    frequencies = _known_frequencies(dim, base) if known else _frequencies(dim, base, position_ids)
+    frequencies = _known_frequencies(dim, base) if known else _frequencies(dim, base, position_ids.device)
     return RotaryTables.of(position_ids.to(torch.float32)[:, None, :, None] * frequencies)
 
 
@@ -65,15 +65,15 @@ def _may_be_a_product(angles: Tensor) -> bool:
     return exact and angles.is_cpu and not torch.is_grad_enabled() and not is_observed(angles)
 
 
-def _frequencies(dim: int, base: float, like: Tensor) -> Tensor:
-    exponents = -torch.arange(0, dim, 2, device=like.device, dtype=torch.float32) / dim
+def _frequencies(dim: int, base: float, device: torch.device | str) -> Tensor:
+    exponents = -torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
     return both_halves(base**exponents)
 
 
 @functools.cache
 def _known_frequencies(dim: int, base: float) -> Tensor:
-    with torch.inference_mode(False), torch.device("cpu"):
-        return _frequencies(dim, base, torch.empty(0))
+    with torch.inference_mode(False):
+        return _frequencies(dim, base, "cpu")
 
 
 @functools.cache

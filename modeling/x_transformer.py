@@ -111,7 +111,7 @@ class XTransformerModel(XTransformerPreTrainedModel):
         self.position_bias = make_position_bias(config)
         self.layers = nn.ModuleList([XTransformerLayer(config, index) for index in range(len(config.block_orders))])
         self.norm = block_norm(config) if config.final_norm else nn.Identity()
-        # Read once: these are several fields each, and a field costs as much as a small operation.
+        # Read once: a field of a configuration costs as much as a small operation, and a cached step is made of those.
         self.cache_kind, self.keeps_prefix = config.layer_types[0], config.keeps_prefix
         self.order, self.num_streams = list(config.execution_order), config.num_residual_streams
         self.num_prefix_tokens, self.num_cls_tokens = config.num_prefix_tokens, config.num_cls_tokens

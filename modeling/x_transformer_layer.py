@@ -93,12 +93,12 @@ class XTransformerLayer(GradientCheckpointingLayer):
         self.penalised = bool(config.attention_z_loss_coef)
         mixes = config.value_residual or config.residual_attention or config.cross_residual_attention
         self.carries = bool(mixes or self.penalised or self.remembers)
-        self.branch_names: list[tuple[str, str, str]] = []  # kind, function and what stands around it
+        self.branch_names: list[tuple[str, str]] = []
         for position, kind in enumerate(self.order):
             name = {"a": "self_attn", "c": "cross_attn", "f": "mlp"}[kind]
             count = self.order[:position].count(kind)
             name += f"_{count + 1}" if count else ""
-            self.branch_names.append((kind, name, f"{name}_branch"))
+            self.branch_names.append((kind, name))
             if kind == "f":
                 self.add_module(name, NormedFeedForward(config))
             else:
@@ -134,8 +134,8 @@ class XTransformerLayer(GradientCheckpointingLayer):
                 `encoder_visibility` and `encoder_rotary` are those of cross-attention.
         """
         carried = Carried(*carried)
-        for kind, name, surroundings in self.branch_names:
-            function, branch = getattr(self, name), getattr(self, surroundings)
+        for kind, name in self.branch_names:
+            function, branch = getattr(self, name), getattr(self, f"{name}_branch")
             entered, mixed = (hidden_states, None) if branch.hyper_connection is None else branch.read(hidden_states)
             inputs = branch.norm(entered)
             if branch.shift:

@@ -97,7 +97,7 @@ def plain_step(
     rows = query_and_key.reshape(2 * batch * heads, -1)
     lengths = torch.linalg.vector_norm(rows, dim=-1, keepdim=True)
     shifts = torch.addcmul(offsets, lengths, lengths, value=0.5 * scale**2)
-    # Powers of two: of so few numbers, MKL's exponential takes several times as long.
+    # Powers of two: of 2,128 numbers, `exp` takes more than twice as long as `exp2`.
     features = torch.addmm(shifts, rows, projection.t(), beta=-LOG2_E, alpha=LOG2_E * scale).exp2_()
     sums = features.sum(dim=-1, keepdim=True)
     for numbers in sums.view(batch, 2 * heads).tolist():

@@ -22,14 +22,16 @@ except ImportError:
     pass
 
 
-@custom_operator("soft_topk_exact")
-def soft_topk_exact_operator(
+def _exact(
     logits: Tensor, k: Tensor, mask: Tensor | None, eps: float, num_selected: int, backend: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Scores, indices, pivot and offset of logits `[R, N]`: see `eager.exact_forward`."""
     with _no_autocast(logits):
         forward = exact_forward_triton if backend == "triton" else exact_forward
         return forward(logits, k, mask, eps, num_selected)
+
+
+soft_topk_exact_operator = custom_operator("soft_topk_exact")(_exact)
 
 
 @soft_topk_exact_operator.register_fake
@@ -215,8 +217,7 @@ class _ExactFunction(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, *inputs):
-        with _no_autocast(inputs[0]):
-            output = (exact_forward_triton if inputs[-1] == "triton" else exact_forward)(*inputs[:-1])
+        output = _exact(*inputs)
         _setup_exact(ctx, inputs, output)
         return output
 
@@ -241,8 +242,7 @@ def soft_topk_exact(
     if is_observed(logits, k):
         return soft_topk_exact_operator(*inputs)
     if not torch.is_grad_enabled():
-        with _no_autocast(logits):
-            return (exact_forward_triton if backend == "triton" else exact_forward)(*inputs[:-1])
+        return _exact(*inputs)
     return _ExactFunction.apply(*inputs)
 
 
