@@ -135,14 +135,17 @@ def _setup_context(ctx, inputs, output):
     query, key, value, _, _, log_scale, mask, projection, bias, *options, _ = inputs
     ctx.save_for_backward(query, key, value, log_scale, mask, projection, bias, *output)
     ctx.options = options
-    ctx.set_materialize_grads(True)
+    # The states before the chunks are an output too, and a large one: nobody is to fill zeros for its gradient.
+    ctx.set_materialize_grads(False)
     # The scale cancels in the output: see LinearAttentionState. The rest is for the backward pass alone.
     ctx.mark_non_differentiable(*output[3:])
 
 
-def _backward_of_forward(ctx, grad_output, grad_key_value, grad_key_sum, *_):
+def _backward_of_forward(ctx, *grads):
     wanted = [ctx.needs_input_grad[7], ctx.needs_input_grad[8]]
-    grads = _backward(grad_output, grad_key_value, grad_key_sum, *ctx.saved_tensors, *ctx.options, *wanted)
+    outputs = ctx.saved_tensors[7:10]
+    given = [torch.zeros_like(o) if grad is None else grad for grad, o in zip(grads[:3], outputs, strict=True)]
+    grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *wanted)
     query, key, value, key_value, key_sum, projection, bias = grads
     parameters = [grad if want else None for grad, want in zip((projection, bias), wanted, strict=True)]
     return query, key, value, key_value, key_sum, None, None, *parameters, None, None, None, None, None, None

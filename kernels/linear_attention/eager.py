@@ -16,7 +16,8 @@ from typing import NamedTuple
 
 import torch
 
-from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap, project
+from .eager_features import ChunkFeatures, Scratch
+from .feature_maps import FeatureMap
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
@@ -24,56 +25,6 @@ from .state import EMPTY_LOG_SCALE, LinearAttentionState
 # a Xeon 10 to 20 % less with 128 than with 64 or 256, and in the other form 5 % less with 256 than with 128.
 CAUSAL_CHUNK = 128
 BIDIRECTIONAL_CHUNK = 256
-
-
-class _Features(NamedTuple):
-    """Features of a chunk `[BH, C, M]`, the logits where the derivative needs them, the keys' scales `[BH, C]`."""
-
-    values: torch.Tensor
-    logits: torch.Tensor | None
-    log_scale: torch.Tensor | None
-
-
-def chunk_features(
-    rows: torch.Tensor, feature_map: FeatureMap, *, is_key: bool, for_backward: bool = False
-) -> _Features:
-    """`feature_maps.query_features` and `key_features`, in place wherever nothing else needs the tensor."""
-    logits = project(rows, feature_map)
-    if feature_map.function != EXPONENTIAL:
-        values = POINTWISE_FUNCTIONS[feature_map.function].value(logits)
-        values = values.add_(feature_map.epsilon) if feature_map.epsilon else values
-        log_scale = logits.new_zeros(logits.shape[:-1]) if is_key else None
-        return _Features(values, logits if for_backward else None, log_scale)
-    values = torch.softmax(logits, dim=-1)
-    log_scale = None
-    if is_key:
-        # The largest probability is exp(largest logit - logsumexp), and with M features never below 1 / M.
-        log_scale = logits.amax(dim=-1).sub_(values.amax(dim=-1).log_())
-        if feature_map.subtract_norm:
-            log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * feature_map.scale**2)
-    return _Features(values.add_(feature_map.epsilon) if feature_map.epsilon else values, None, log_scale)
-
-
-def _features_backward(features: _Features, grad: torch.Tensor, rows: torch.Tensor, feature_map: FeatureMap, is_key):
-    """Gradient with respect to `rows` and to the logits, given `grad` with respect to the features (overwritten).
-
-    A query's features are free up to a factor per row, so `Σ_f φ_f ∂φ_f = 0` for them; a key's scale has the gradient
-    `Σ_f φ_f ∂φ_f`. In both cases the gradient of the softmax inside collapses to the line below.
-    """
-    if feature_map.function != EXPONENTIAL:
-        grad_logits = grad.mul_(POINTWISE_FUNCTIONS[feature_map.function].derivative(features.logits))
-    elif feature_map.epsilon:
-        floor = grad.sum(dim=-1, keepdim=True).mul_(feature_map.epsilon)
-        grad_logits = grad.add_(floor).mul_(features.values - feature_map.epsilon)
-    else:
-        grad_logits = grad.mul_(features.values)
-    if feature_map.projection is None:
-        grad_rows = grad_logits * feature_map.scale
-    else:
-        grad_rows = grad_logits @ (feature_map.projection * feature_map.scale)
-    if is_key and feature_map.function == EXPONENTIAL and feature_map.subtract_norm:
-        grad_rows = grad_rows.addcmul_(grad_logits.sum(dim=-1, keepdim=True), rows, value=-(feature_map.scale**2))
-    return grad_rows, grad_logits
 
 
 class _Inputs(NamedTuple):
@@ -98,16 +49,11 @@ class _Inputs(NamedTuple):
         # `where`, not a product: what stands at a padded position may be infinite.
         return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
 
-    def values_with_ones(self, here: slice) -> torch.Tensor:
-        values = self.rows("value", here)
-        values = torch.cat([values, values.new_ones(*values.shape[:-1], 1)], dim=-1)
-        return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
-
-    def keys(self, here: slice, feature_map: FeatureMap, for_backward: bool = False):
+    def keys(self, here: slice, chunk_features: ChunkFeatures, for_backward: bool = False):
         rows = self.rows("key", here)
         if self.keep is not None:
             rows = torch.where(self.keep[:, here, None], rows, 0)
-        features = chunk_features(rows, feature_map, is_key=True, for_backward=for_backward)
+        features = chunk_features.keys(rows, for_backward)
         if self.keep is not None:
             # Zero, not only of the smallest scale: beside no other key, that scale would be the largest too.
             features = features._replace(
@@ -129,7 +75,8 @@ def _joint_sums(key_value: torch.Tensor, key_sum: torch.Tensor) -> torch.Tensor:
 class _Memory:
     """A state to be advanced in place, flat over batch and heads: `values` `[BH, M, V]`, `sums` `[BH, M]`, `scale`."""
 
-    def __init__(self, state: LinearAttentionState):
+    def __init__(self, state: LinearAttentionState, scratch: Scratch):
+        self.product = scratch("memory", *state.key_value.flatten(0, 1).shape)
         self.values, self.sums, self.scale = (
             t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state
         )
@@ -138,8 +85,8 @@ class _Memory:
         """Add the keys of a chunk; `end` is the scale behind them."""
         weights, decay = torch.exp(log_scale - end[:, None]), torch.exp(self.scale - end)
         # The product is a sum of its own: added row by row, it would lose digits.
-        product = torch.bmm(features.mT, values * weights[..., None])
-        torch.addcmul(product, self.values, decay[:, None, None], out=self.values)
+        torch.bmm(features.mT, values * weights[..., None], out=self.product)
+        torch.addcmul(self.product, self.values, decay[:, None, None], out=self.values)
         product = torch.bmm(weights[:, None], features).squeeze(1)
         torch.addcmul(product, self.sums, decay[:, None], out=self.sums)
         self.scale = end
@@ -156,9 +103,20 @@ def _store_quotient(output, denominators, here: slice, numerator: torch.Tensor, 
     torch.div(numerator, denominator[..., None], out=output[:, here])
 
 
-def _decay_matrix(log_scale: torch.Tensor, running: torch.Tensor) -> torch.Tensor:
+def _dot(features: torch.Tensor, sums: torch.Tensor, scratch: Scratch) -> torch.Tensor:
+    """The denominators `[BH, C]`. By `sum`, whose rounding is half that of a product of matrices with one column."""
+    return torch.mul(features, sums[:, None], out=scratch("products", *features.shape)).sum(dim=-1)
+
+
+def _decay_matrix(log_scale: torch.Tensor, running: torch.Tensor, scratch: Scratch) -> torch.Tensor:
     """`exp(s_j - m_i)` `[BH, C, C]`. Entries above the diagonal are meaningless and may be infinite: use `tril_`."""
-    return (log_scale[:, None, :] - running[:, :, None]).exp_()
+    decay = scratch("decay", *log_scale.shape, log_scale.shape[1])
+    return torch.sub(log_scale[:, None, :], running[:, :, None], out=decay).exp_()
+
+
+def _weights(left, right, decay: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """The weights of a chunk (or their gradients), zero above the diagonal."""
+    return torch.bmm(left, right.mT, out=out).mul_(decay).tril_()
 
 
 def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
@@ -167,7 +125,8 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
     """
     inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
-    memory = _Memory(state)
+    scratch = Scratch(state.key_value)
+    chunk_features, memory = ChunkFeatures(feature_map, scratch), _Memory(state, scratch)
     heads, features, size = memory.values.shape
     output = memory.values.new_empty(value.shape)
     flat_output = output.flatten(0, 1)
@@ -180,14 +139,16 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
         if save_states:
             memories[index, :, :, :-1], memories[index, :, :, -1] = memory.values, memory.sums
             maxima[index] = memory.scale
-        q = chunk_features(inputs.rows("query", here), feature_map, is_key=False).values
-        _, (k, _, log_scale) = inputs.keys(here, feature_map)
+        q = chunk_features.queries(inputs.rows("query", here)).values
+        _, (k, log_scale, *_) = inputs.keys(here, chunk_features)
         v = inputs.values(here)
         running = torch.maximum(torch.cummax(log_scale, dim=-1).values, memory.scale[:, None])
         carried = torch.exp(memory.scale[:, None] - running)
-        weights = torch.bmm(q, k.mT).mul_(_decay_matrix(log_scale, running)).tril_()
-        numerator = torch.bmm(q, memory.values).mul_(carried[..., None]).baddbmm_(weights, v)
-        denominator = (q * memory.sums[:, None]).sum(dim=-1).mul_(carried).add_(weights.sum(dim=-1))
+        decay = _decay_matrix(log_scale, running, scratch)
+        weights = _weights(q, k, decay, scratch("weights", *decay.shape))
+        numerator = torch.bmm(q, memory.values, out=scratch("numerator", *v.shape))
+        numerator.mul_(carried[..., None]).baddbmm_(weights, v)
+        denominator = _dot(q, memory.sums, scratch).mul_(carried).add_(weights.sum(dim=-1))
         _store_quotient(flat_output, denominators, here, numerator, denominator)
         memory.add(k, log_scale, v, running[:, -1])
     return output, memory.state(query.shape[:2]), denominators, memories, maxima
@@ -214,55 +175,63 @@ def causal_backward(
     """
     dtype = denominators.dtype
     inputs = _Inputs.of(query, key, value, mask, dtype)
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-    flat_grads = [g.flatten(0, 1) for g in grads]
-    parameters = _ParameterGrads(feature_map, wanted)
+    input_grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    flat_grads = [g.flatten(0, 1) for g in input_grads]
+    scratch, ones = Scratch(denominators), denominators.new_ones(1)
+    chunk_features, parameters = ChunkFeatures(feature_map, scratch), _ParameterGrads(feature_map, wanted)
     grad_memory = _joint_sums(*grad_state).to(dtype)
     end = final_log_scale.flatten()
 
     for index, here in reversed(list(enumerate(_chunks(value.shape[2], CAUSAL_CHUNK)))):
         memory, maximum = memories[index], maxima[index]
         q_rows = inputs.rows("query", here)
-        q_features = chunk_features(q_rows, feature_map, is_key=False, for_backward=True)
-        k_rows, k_features = inputs.keys(here, feature_map, for_backward=True)
-        q, k, log_scale = q_features.values, k_features.values, k_features.log_scale
-        v = inputs.values_with_ones(here)
+        q_features = chunk_features.queries(q_rows, for_backward=True)
+        k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
+        q, (k, log_scale, *_) = q_features.values, k_features
+        v = inputs.values(here)
         running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None])
-        decay = _decay_matrix(log_scale, running)
+        decay = _decay_matrix(log_scale, running, scratch)
         carried = torch.exp(maximum[:, None] - running)[..., None]
         to_end = torch.exp(log_scale - end[:, None])[..., None]
-        grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
+        grads = _quotient_grads(grad_output, output, denominators, here, scratch)
+        grad_numerator, grad_denominator = grads[..., :-1], grads[..., -1:]
 
-        weights = torch.bmm(q, k.mT).mul_(decay).tril_()
-        grad_weights = torch.bmm(grad_numerator, v.mT).mul_(decay).tril_()
-        grad_v = torch.bmm(k, grad_memory).mul_(to_end).baddbmm_(weights.mT, grad_numerator)
-        grad_k = torch.bmm(v.mul_(to_end), grad_memory.mT).baddbmm_(grad_weights.mT, q)
-        carried_grad = grad_numerator.mul_(carried)
-        grad_q = torch.bmm(carried_grad, memory.mT).baddbmm_(grad_weights, k)
-        grad_memory = torch.addcmul(
-            torch.bmm(q.mT, carried_grad), grad_memory, torch.exp(maximum - end)[:, None, None]
+        weights = _weights(q, k, decay, scratch("weights", *decay.shape))
+        grad_weights = torch.bmm(grad_numerator, v.mT, out=scratch("grad_weights", *decay.shape))
+        grad_weights.add_(grad_denominator).mul_(decay).tril_()
+        grad_v = torch.bmm(k, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
+        grad_v.baddbmm_(weights.mT, grad_numerator)
+        rows_with_ones = _scaled_rows(v, ones, to_end, scratch("rows", *grads.shape))
+        grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *k.shape)).baddbmm_(
+            grad_weights.mT, q
         )
+        grads.mul_(carried)
+        grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *q.shape)).baddbmm_(grad_weights, k)
+        product = torch.bmm(q.mT, grads, out=scratch("memory", *memory.shape))
+        torch.addcmul(product, grad_memory, torch.exp(maximum - end)[:, None, None], out=grad_memory)
         end = maximum
 
-        _store_query(flat_grads, parameters, here, q_features, grad_q, q_rows, feature_map)
-        _store_key_value(flat_grads, parameters, inputs, here, k_features, grad_k, k_rows, grad_v, feature_map)
+        _store_query(flat_grads, parameters, here, chunk_features.backward(q_features, grad_q, q_rows), q_rows)
+        key_grads = chunk_features.backward(k_features, grad_k, k_rows)
+        _store_key_value(flat_grads, parameters, inputs, here, key_grads, grad_v, k_rows)
     grad_memory = grad_memory.unflatten(0, query.shape[:2])
-    return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
+    return (*input_grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
 
 
 def bidirectional_forward(query, key, value, feature_map, mask, state):
     """Output, final state and denominators; the keys may be of another length than the queries."""
     inputs = _Inputs.of(query, key, value, mask, state.key_value.dtype)
-    memory = _Memory(state)
+    scratch = Scratch(state.key_value)
+    chunk_features, memory = ChunkFeatures(feature_map, scratch), _Memory(state, scratch)
     for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
-        _, (k, _, log_scale) = inputs.keys(here, feature_map)
+        _, (k, log_scale, *_) = inputs.keys(here, chunk_features)
         memory.add(k, log_scale, inputs.values(here), torch.maximum(log_scale.amax(dim=-1), memory.scale))
     new_state = memory.state(query.shape[:2])
-    output, denominators = read_state(query, feature_map, new_state)
+    output, denominators = _read_state(query, chunk_features, new_state, scratch)
     return output, new_state, denominators
 
 
-def read_state(query, feature_map, state):
+def _read_state(query, chunk_features: ChunkFeatures, state, scratch: Scratch):
     """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
     memory, sums = state.key_value.flatten(0, 1), state.key_sum.flatten(0, 1)
     output = memory.new_empty(*query.shape[:3], memory.shape[-1])
@@ -270,9 +239,10 @@ def read_state(query, feature_map, state):
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
-        q = chunk_features(rows, feature_map, is_key=False).values
-        denominator = (q * sums[:, None]).sum(dim=-1)
-        _store_quotient(flat_output, denominators, here, torch.bmm(q, memory), denominator)
+        q = chunk_features.queries(rows).values
+        denominator = torch.bmm(q, sums[..., None]).squeeze(-1)
+        numerator = torch.bmm(q, memory, out=scratch("numerator", *q.shape[:2], memory.shape[2]))
+        _store_quotient(flat_output, denominators, here, numerator, denominator)
     return output, denominators
 
 
@@ -293,27 +263,31 @@ def bidirectional_backward(
     """As `causal_backward`, for `bidirectional_forward`."""
     dtype = denominators.dtype
     inputs = _Inputs.of(query, key, value, mask, dtype)
-    grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
-    flat_grads = [g.flatten(0, 1) for g in grads]
-    parameters = _ParameterGrads(feature_map, wanted)
+    input_grads = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
+    flat_grads = [g.flatten(0, 1) for g in input_grads]
+    scratch, ones = Scratch(denominators), denominators.new_ones(1)
+    chunk_features, parameters = ChunkFeatures(feature_map, scratch), _ParameterGrads(feature_map, wanted)
     memory, maximum = _joint_sums(*state[:2]), state.log_scale.flatten()
     grad_memory = _joint_sums(*grad_state).to(dtype)
     for here in _chunks(query.shape[2], BIDIRECTIONAL_CHUNK):
         rows = inputs.rows("query", here)
-        features = chunk_features(rows, feature_map, is_key=False, for_backward=True)
-        grad_numerator = _grad_numerator(grad_output, output, denominators, here, dtype)
-        grad_memory = grad_memory + torch.bmm(features.values.mT, grad_numerator)
-        grad_q = torch.bmm(grad_numerator, memory.mT)
-        _store_query(flat_grads, parameters, here, features, grad_q, rows, feature_map)
+        features = chunk_features.queries(rows, for_backward=True)
+        grads = _quotient_grads(grad_output, output, denominators, here, scratch)
+        grad_memory.add_(torch.bmm(features.values.mT, grads, out=scratch("memory", *memory.shape)))
+        grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *features.values.shape))
+        _store_query(flat_grads, parameters, here, chunk_features.backward(features, grad_q, rows), rows)
     for here in _chunks(key.shape[2], BIDIRECTIONAL_CHUNK):
-        rows, features = inputs.keys(here, feature_map, for_backward=True)
+        rows, features = inputs.keys(here, chunk_features, for_backward=True)
         to_end = torch.exp(features.log_scale - maximum[:, None])[..., None]
-        grad_v = torch.bmm(features.values, grad_memory).mul_(to_end)
-        grad_k = torch.bmm(inputs.values_with_ones(here).mul_(to_end), grad_memory.mT)
-        _store_key_value(flat_grads, parameters, inputs, here, features, grad_k, rows, grad_v, feature_map)
+        v = inputs.values(here)
+        grad_v = torch.bmm(features.values, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
+        rows_with_ones = _scaled_rows(v, ones, to_end, scratch("rows", *v.shape[:2], memory.shape[-1]))
+        grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *features.values.shape))
+        key_grads = chunk_features.backward(features, grad_k, rows)
+        _store_key_value(flat_grads, parameters, inputs, here, key_grads, grad_v, rows)
     shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
     grad_memory = (grad_memory * shrink).unflatten(0, query.shape[:2])
-    return (*grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
+    return (*input_grads, grad_memory[..., :-1], grad_memory[..., -1], parameters.projection, parameters.bias)
 
 
 class _ParameterGrads:
@@ -331,22 +305,28 @@ class _ParameterGrads:
             self.bias.add_(grad_logits.sum(dim=(0, 1)))
 
 
-def _grad_numerator(grad_output, output, denominators, here, dtype):
+def _scaled_rows(rows: torch.Tensor, column: torch.Tensor, scale: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+    """`scale · [rows, column]`, as `out` `[BH, C, V+1]`."""
+    torch.mul(rows, scale, out=out[..., :-1])
+    torch.mul(column, scale, out=out[..., -1:])
+    return out
+
+
+def _quotient_grads(grad_output, output, denominators, here: slice, scratch: Scratch) -> torch.Tensor:
     """Gradient of the rows `[N, den]` from that of `N / den`: `[g, -g·out] / den`."""
-    grad = grad_output[:, :, here].flatten(0, 1).to(dtype)
-    out = output[:, :, here].flatten(0, 1)
-    grad = torch.cat([grad, (grad * out).sum(dim=-1, keepdim=True).neg_()], dim=-1)
-    return grad.div_(denominators[:, here, None])
+    grad, rows = grad_output[:, :, here].flatten(0, 1), output[:, :, here].flatten(0, 1)
+    column = (grad * rows).sum(dim=-1, keepdim=True).neg_()
+    joint = scratch("grads", *rows.shape[:-1], rows.shape[-1] + 1)
+    return _scaled_rows(grad, column, denominators[:, here, None].reciprocal(), joint)
 
 
-def _store_query(flat_grads, parameters, here, features, grad_features, rows, feature_map):
-    flat_grads[0][:, here], grad_logits = _features_backward(features, grad_features, rows, feature_map, is_key=False)
+def _store_query(flat_grads, parameters, here, grads, rows):
+    flat_grads[0][:, here], grad_logits = grads
     parameters.add(rows, grad_logits)
 
 
-def _store_key_value(flat_grads, parameters, inputs, here, features, grad_features, rows, grad_value, feature_map):
-    grad_rows, grad_logits = _features_backward(features, grad_features, rows, feature_map, is_key=True)
-    grad_value = grad_value[..., :-1]
+def _store_key_value(flat_grads, parameters, inputs, here, grads, grad_value, rows):
+    grad_rows, grad_logits = grads
     if inputs.keep is not None:
         keep = inputs.keep[:, here, None]
         grad_rows, grad_value = torch.where(keep, grad_rows, 0), torch.where(keep, grad_value, 0)

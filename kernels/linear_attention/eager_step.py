@@ -5,8 +5,7 @@ import math
 import torch
 
 from ..backend import is_observed
-from .eager import chunk_features
-from .feature_maps import EXPONENTIAL, FeatureMap, project
+from .feature_maps import EXPONENTIAL, FeatureMap, project, query_features
 from .state import EMPTY_LOG_SCALE, LinearAttentionState
 
 
@@ -117,7 +116,7 @@ def _token_features(both, feature_map):
     Logarithms first: they give the features and the scale by one pass over the logits.
     """
     if feature_map.function != EXPONENTIAL:
-        q, k = chunk_features(both, feature_map, is_key=False).values.unbind()
+        q, k = query_features(both, feature_map).unbind()
         return q, k, k.new_zeros(k.shape[:2])
     rows = both if feature_map.scale == 1 else both * feature_map.scale
     logits = project(rows, feature_map._replace(scale=1.0))
