@@ -20,7 +20,12 @@ from linear_attention_cases import (
     several,
 )
 
-from hf_efficient.kernels.linear_attention import LinearAttentionState, autograd, eager, linear_attention
+from hf_efficient.kernels.linear_attention import (
+    LinearAttentionState,
+    eager_bidirectional,
+    eager_causal,
+    linear_attention,
+)
 
 
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
@@ -89,9 +94,9 @@ def test_gradients_within_budget(name, causal, dtype, length):
 @causal_or_not
 def test_gradcheck(name, causal, monkeypatch):
     """Finite differences, so that the definition's own backward is not the only judge. Two chunks, masked, a state."""
-    monkeypatch.setattr(eager, "CAUSAL_CHUNK", 64)
-    monkeypatch.setattr(eager, "BIDIRECTIONAL_CHUNK", 128)
-    monkeypatch.setattr(autograd, "CAUSAL_CHUNK", 64)
+    monkeypatch.setattr(eager_causal, "CAUSAL_CHUNK", 64)
+    monkeypatch.setattr(eager_causal, "CAUSAL_BLOCK", 32)
+    monkeypatch.setattr(eager_bidirectional, "BIDIRECTIONAL_CHUNK", 128)
     length = 70 if causal else 3
     query, key, value = make_inputs(name, length, 2, 2, keys=length if causal else 140, batch=1, heads=1)
     feature_map = make_map(name, 2, torch.float64, features=4)

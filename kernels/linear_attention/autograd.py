@@ -9,7 +9,8 @@ from torch import Tensor
 
 from ..backend import is_observed
 from ..custom_operator import custom_operator
-from .eager import CAUSAL_CHUNK, bidirectional_backward, bidirectional_forward, causal_backward, causal_forward
+from .eager_bidirectional import bidirectional_backward, bidirectional_forward
+from .eager_causal import causal_backward, causal_chunks, causal_forward
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
 
@@ -65,7 +66,7 @@ def _(
 ):
     batch, heads, length, value_dim = *query.shape[:3], value.shape[-1]
     features = key_value.shape[2]
-    chunks = (length + CAUSAL_CHUNK - 1) // CAUSAL_CHUNK if save else 0
+    chunks = len(causal_chunks(length)) if save else 0
     saved = [(chunks, batch * heads, features, value_dim + 1), (chunks, batch * heads)] if causal else [(0,), (0,)]
     return (
         key_value.new_empty(batch, heads, length, value_dim),
@@ -109,7 +110,7 @@ def _backward(
         wanted = (grad_of_projection, grad_of_bias)
         common = (grad_output, (grad_key_value, grad_key_sum), query, key, value, feature_map, wanted, mask, output)
         if causal:
-            grads = causal_backward(*common, denominators, memories, maxima, final_log_scale)
+            grads = causal_backward(*common, denominators, memories, maxima)
         else:
             state = LinearAttentionState(final_key_value, final_key_sum, final_log_scale)
             grads = bidirectional_backward(*common, denominators, state, initial_log_scale)

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..custom_operator import custom_operator
-from .eager import bidirectional_backward, bidirectional_forward, causal_backward, causal_forward
+from .eager_bidirectional import bidirectional_backward, bidirectional_forward
+from .eager_causal import causal_backward, causal_forward
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
 
@@ -31,7 +32,7 @@ def _sequence_forward(query, key, value, feature_map, mask, state, causal):
     """Output, final state, and the last arguments of the backward pass after its `output`."""
     if causal:
         output, end, *saved = causal_forward(query, key, value, feature_map, mask, state, True)
-        return output, end, (*saved, end.log_scale)
+        return output, end, saved
     output, end, denominators = bidirectional_forward(query, key, value, feature_map, mask, state)
     return output, end, (denominators, end, state.log_scale)
 
@@ -49,7 +50,7 @@ def _packed_forward(query, key, value, feature_map, mask, state, causal, cu_seql
 
 
 def _packed_backward(grad_output, grad_state, query, key, value, feature_map, wanted, mask, state, causal, cu_seqlens):
-    """As `eager.causal_backward`: gradients of query, key, value, of the initial sums, of projection and bias."""
+    """Gradients of query, key, value, of the initial sums, of projection and bias, as `causal_backward` has them."""
     backward = causal_backward if causal else bidirectional_backward
     grads = [torch.zeros_like(t, memory_format=torch.contiguous_format) for t in (query, key, value)]
     grads_of_sums = [torch.empty_like(t, memory_format=torch.contiguous_format) for t in state[:2]]

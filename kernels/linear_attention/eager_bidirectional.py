@@ -1,0 +1,121 @@
+"""Bidirectional linear attention chunk by chunk: the fast form for machines without a Triton path.
+
+Only one chunk's rows of features exist at a time, so the working set stays in the processor's cache and nothing of
+size length × features is ever stored; the backward pass computes the features again. All keys go into the state
+
+    S̄ ← exp(m₀ - m) S̄ + K̂ᵀ (exp(s - m) ∘ V̄),      V̄ = [V, 1],      N̄ = Q̂ S̄
+
+relative to the running maximum `m` of the keys' scales `s`, and then the queries read it. The column of ones makes the
+denominators; the forward pass computes them apart, because a product with 65 columns takes a fifth longer than one
+with 64.
+"""
+
+import torch
+
+from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, scaled_rows, store_quotient
+from .eager_features import ChunkFeatures, Scratch
+from .state import LinearAttentionState
+
+
+# Rows at a time. Measured on two cores of a Xeon (m = 266, d = 64): 5 % less time with 256 than with 128.
+BIDIRECTIONAL_CHUNK = 256
+
+
+def _chunks(length: int):
+    size = BIDIRECTIONAL_CHUNK
+    return [slice(start, min(start + size, length)) for start in range(0, length, size)]
+
+
+class _Memory:
+    """A state to be advanced in place, flat over batch and heads: `values` `[BH, M, V]`, `sums` `[BH, M]`, `scale`."""
+
+    def __init__(self, state: LinearAttentionState, scratch: Scratch):
+        self.product = scratch("memory", *state.key_value.flatten(0, 1).shape)
+        self.values, self.sums, self.scale = (
+            t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state
+        )
+
+    def add(self, features: torch.Tensor, log_scale: torch.Tensor, values: torch.Tensor, end: torch.Tensor) -> None:
+        """Add the keys of a chunk; `end` is the scale behind them."""
+        weights, decay = torch.exp(log_scale - end[:, None]), torch.exp(self.scale - end)
+        # The product is a sum of its own: added row by row, it would lose digits.
+        torch.bmm(features.mT, values * weights[..., None], out=self.product)
+        torch.addcmul(self.product, self.values, decay[:, None, None], out=self.values)
+        product = torch.bmm(weights[:, None], features).squeeze(1)
+        torch.addcmul(product, self.sums, decay[:, None], out=self.sums)
+        self.scale = end
+
+    def state(self, batch_and_heads) -> LinearAttentionState:
+        tensors = (self.values, self.sums, self.scale.clone())
+        return LinearAttentionState(*(t.unflatten(0, batch_and_heads) for t in tensors))
+
+
+def bidirectional_forward(query, key, value, feature_map, mask, state):
+    """Output, final state and denominators; the keys may be of another length than the queries."""
+    inputs = Inputs.of(query, key, value, mask, state.key_value.dtype)
+    scratch = Scratch(state.key_value)
+    chunk_features, memory = ChunkFeatures(feature_map, scratch), _Memory(state, scratch)
+    for here in _chunks(key.shape[2]):
+        _, (k, log_scale, *_) = inputs.keys(here, chunk_features)
+        memory.add(k, log_scale, inputs.values(here), torch.maximum(log_scale.amax(dim=-1), memory.scale))
+    new_state = memory.state(query.shape[:2])
+    output, denominators = _read_state(query, chunk_features, new_state, scratch)
+    return output, new_state, denominators
+
+
+def _read_state(query, chunk_features: ChunkFeatures, state, scratch: Scratch):
+    """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
+    memory, sums = state.key_value.flatten(0, 1), state.key_sum.flatten(0, 1)
+    output = memory.new_empty(*query.shape[:3], memory.shape[-1])
+    flat_output = output.flatten(0, 1)
+    denominators = memory.new_empty(memory.shape[0], query.shape[2])
+    for here in _chunks(query.shape[2]):
+        rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
+        q = chunk_features.queries(rows).values
+        denominator = torch.bmm(q, sums[..., None]).squeeze(-1)
+        numerator = torch.bmm(q, memory, out=scratch("numerator", *q.shape[:2], memory.shape[2]))
+        store_quotient(flat_output, denominators, here, numerator, denominator)
+    return output, denominators
+
+
+def bidirectional_backward(
+    grad_output,
+    grad_state,
+    query,
+    key,
+    value,
+    feature_map,
+    wanted,
+    mask,
+    output,
+    denominators,
+    state,
+    initial_log_scale,
+):
+    """As `causal_backward`, for `bidirectional_forward`."""
+    dtype = denominators.dtype
+    inputs = Inputs.of(query, key, value, mask, dtype)
+    input_grads = InputGrads(inputs, feature_map, wanted)
+    scratch, ones = Scratch(denominators), denominators.new_ones(1)
+    chunk_features = ChunkFeatures(feature_map, scratch)
+    memory, maximum = joint_sums(*state[:2]), state.log_scale.flatten()
+    grad_memory = joint_sums(*grad_state).to(dtype)
+    for here in _chunks(query.shape[2]):
+        rows = inputs.rows("query", here)
+        features = chunk_features.queries(rows, for_backward=True)
+        grads = quotient_grads(grad_output, output, denominators, here, scratch)
+        grad_memory.add_(torch.bmm(features.values.mT, grads, out=scratch("memory", *memory.shape)))
+        grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *features.values.shape))
+        input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows), rows)
+    for here in _chunks(key.shape[2]):
+        rows, features = inputs.keys(here, chunk_features, for_backward=True)
+        to_end = torch.exp(features.log_scale - maximum[:, None])[..., None]
+        v = inputs.values(here)
+        grad_v = torch.bmm(features.values, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
+        rows_with_ones = scaled_rows(v, ones, to_end, scratch("rows", *v.shape[:2], memory.shape[-1]))
+        grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *features.values.shape))
+        input_grads.store_key_value(here, *chunk_features.backward(features, grad_k, rows), rows, grad_v)
+    shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
+    grad_memory = (grad_memory * shrink).unflatten(0, query.shape[:2])
+    sums = grad_memory[..., :-1], grad_memory[..., -1]
+    return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)

@@ -1,0 +1,185 @@
+"""Causal linear attention chunk by chunk: the fast form for machines without a Triton path.
+
+Only one chunk's rows of features exist at a time, so the working set stays in the processor's cache and nothing of
+size length × features is ever stored; the backward pass computes the features again. A chunk is several blocks. Inside
+a block the weights are the small matrix `A = (Q̂ K̂ᵀ) ∘ D` with `D_ij = exp(s_j - m_i)` for `j ≤ i`, where `s_j` is
+the key's scale and `m_i` the running maximum of the scales; the keys before the block are in the state `S̄`:
+
+    N̄ = A V̄ + exp(m₀ - m) ∘ (Q̂ S̄),      S̄ ← exp(m₀ - m_C) S̄ + K̂ᵀ (exp(s - m_C) ∘ V̄),      V̄ = [V, 1]
+
+The column of ones makes the denominators. `D` and all the exponentials are at most 1, and row i uses nothing of a
+later row. The blocks of a chunk go through every product together; one after the other they only add up the states
+between them. So the weights cost as little as their block is short, and the operators are as few as the chunk is long.
+
+Tensors are flat over batch, heads and blocks (B·H·G first), states over batch and heads.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, scaled_rows, store_quotient
+from .eager_features import ChunkFeatures, Scratch
+from .state import LinearAttentionState
+
+
+CAUSAL_CHUNK = 256
+CAUSAL_BLOCK = 64
+
+
+def causal_chunks(length: int) -> list[tuple[slice, int]]:
+    """The rows of each chunk and the size of its blocks: whole blocks, then what is left as a block of its own."""
+    chunks = []
+    for start in range(0, length, CAUSAL_CHUNK):
+        rows = min(CAUSAL_CHUNK, length - start)
+        whole = rows - rows % CAUSAL_BLOCK
+        if whole:
+            chunks.append((slice(start, start + whole), CAUSAL_BLOCK))
+        if rows > whole:
+            chunks.append((slice(start + whole, start + rows), rows - whole))
+    return chunks
+
+
+class _Scales(NamedTuple):
+    """What the keys' scales come to in a chunk of G blocks of C rows."""
+
+    decay_matrix: torch.Tensor  # [BHG, C, C], D. Above the diagonal it means nothing and may be infinite: use `tril_`.
+    carried: torch.Tensor  # [BHG, C, 1], what is left at each row of the state before its block
+    to_end: torch.Tensor  # [BHG, C, 1], of each key at the end of its block
+    across: torch.Tensor  # [BH, G, 1, 1], of the state before a block at the end of it
+    end: torch.Tensor  # [BH], the running maximum behind the chunk
+
+    @classmethod
+    def of(cls, log_scale, maximum, block: int, scratch: Scratch):
+        """Of a chunk's scales `[BH, G C]` and the maximum `[BH]` of all the keys before it."""
+        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None]).view(len(maximum), -1, block)
+        log_scale, ends = log_scale.view_as(running), running[..., -1]
+        starts = torch.cat([maximum[:, None], ends[:, :-1]], dim=1)
+        decay = scratch("decay", *running.shape, block)
+        torch.sub(log_scale[:, :, None], running[..., None], out=decay).exp_()
+        carried = torch.exp(starts[..., None] - running)
+        to_end = torch.exp(log_scale - ends[..., None])
+        across = torch.exp(starts - ends)[..., None, None]
+        return cls(decay.flatten(0, 1), *(t.view(-1, block, 1) for t in (carried, to_end)), across, ends[:, -1])
+
+
+def _add_up(first, products, across, between, last) -> None:
+    """Fill `between`, the states between blocks: `first`, and then each time the one before, decayed, plus a product.
+
+    Lists have an entry for each block. What is behind the last block goes to `last`, which may be `first`.
+    """
+    between[0].copy_(first)
+    targets = [*between[1:], last]
+    for product, decay, state, target in zip(products, across, between, targets, strict=True):
+        torch.addcmul(product, state, decay, out=target)
+
+
+def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
+    """Output (not rounded yet), final state, denominators `[BH, N]`, and the states before each chunk.
+
+    The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
+    """
+    inputs = Inputs.of(query, key, value, mask, state.key_value.dtype)
+    memory, maximum = joint_sums(*state[:2]), state.log_scale.flatten()
+    scratch, ones = Scratch(memory), memory.new_ones(1)
+    chunk_features = ChunkFeatures(feature_map, scratch)
+    output = memory.new_empty(value.shape)
+    flat_output = output.flatten(0, 1)
+    denominators = output.new_empty(flat_output.shape[:2])
+    chunks = causal_chunks(value.shape[2])
+    saved = len(chunks) if save_states else 0
+    memories, maxima = memory.new_empty(saved, *memory.shape), memory.new_empty(saved, *maximum.shape)
+
+    for index, (here, block) in enumerate(chunks):
+        if save_states:
+            memories[index], maxima[index] = memory, maximum
+        q = chunk_features.queries(inputs.rows("query", here)).values
+        k = inputs.keys(here, chunk_features)[1]
+        scales = _Scales.of(k.log_scale, maximum, block, scratch)
+        q, k, v = (t.reshape(-1, block, t.shape[-1]) for t in (q, k.values, inputs.values(here)))
+        before = _states_before(k, v, ones, memory, scales, scratch, memory)
+
+        weights = torch.bmm(q, k.mT, out=scratch("weights", *scales.decay_matrix.shape))
+        weights.mul_(scales.decay_matrix).tril_()
+        numerator = torch.bmm(weights, v, out=scratch("numerator", *v.shape))
+        earlier = torch.bmm(q, before, out=scratch("earlier", *v.shape[:2], v.shape[2] + 1))
+        numerator.addcmul_(earlier[..., :-1], scales.carried)
+        denominator = weights.sum(dim=-1, keepdim=True).addcmul_(earlier[..., -1:], scales.carried)
+        rows = here.stop - here.start
+        numerator, denominator = numerator.view(-1, rows, v.shape[-1]), denominator.view(-1, rows)
+        store_quotient(flat_output, denominators, here, numerator, denominator)
+        maximum = scales.end
+    memory = memory.unflatten(0, query.shape[:2])
+    new_state = LinearAttentionState(
+        memory[..., :-1].contiguous(), memory[..., -1].contiguous(), maximum.clone().unflatten(0, query.shape[:2])
+    )
+    return output, new_state, denominators, memories, maxima
+
+
+def _states_before(k, v, ones, memory, scales: _Scales, scratch: Scratch, last) -> torch.Tensor:
+    """The states before the blocks of a chunk `[BHG, M, V+1]`; the one behind them goes to `last`."""
+    rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *v.shape[:2], v.shape[2] + 1))
+    products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], v.shape[2] + 1))
+    before = scratch("before", *products.shape)
+    products, between = (t.unflatten(0, scales.across.shape[:2]).unbind(1) for t in (products, before))
+    _add_up(memory, products, scales.across.unbind(1), between, last)
+    return before
+
+
+def causal_backward(
+    grad_output, grad_state, query, key, value, feature_map, wanted, mask, output, denominators, memories, maxima
+):
+    """Gradients of query, key, value, of the two initial sums, of the projection and of the bias.
+
+    `wanted` says which of the last two to compute; the others are None.
+    """
+    inputs = Inputs.of(query, key, value, mask, denominators.dtype)
+    input_grads = InputGrads(inputs, feature_map, wanted)
+    scratch, ones = Scratch(denominators), denominators.new_ones(1)
+    chunk_features = ChunkFeatures(feature_map, scratch)
+    grad_memory = joint_sums(*grad_state).to(denominators.dtype)
+
+    for index, (here, block) in reversed(list(enumerate(causal_chunks(value.shape[2])))):
+        q_rows = inputs.rows("query", here)
+        q_features = chunk_features.queries(q_rows, for_backward=True)
+        k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
+        scales = _Scales.of(k_features.log_scale, maxima[index], block, scratch)
+        q, k, v, grads = (
+            t.reshape(-1, block, t.shape[-1])
+            for t in (
+                q_features.values,
+                k_features.values,
+                inputs.values(here),
+                quotient_grads(grad_output, output, denominators, here, scratch),
+            )
+        )
+        grad_numerator, grad_denominator = grads[..., :-1], grads[..., -1:]
+        before = _states_before(k, v, ones, memories[index], scales, scratch, scratch("last", *memories.shape[1:]))
+        carried_grads = torch.mul(grads, scales.carried, out=scratch("carried", *grads.shape))
+        after = _grads_after(q, carried_grads, grad_memory, scales, scratch)
+
+        square = scales.decay_matrix.shape
+        weights = torch.bmm(q, k.mT, out=scratch("weights", *square)).mul_(scales.decay_matrix).tril_()
+        grad_weights = torch.bmm(grad_numerator, v.mT, out=scratch("grad_weights", *square))
+        grad_weights.add_(grad_denominator).mul_(scales.decay_matrix).tril_()
+        grad_v = torch.bmm(k, after[..., :-1], out=scratch("grad_value", *v.shape)).mul_(scales.to_end)
+        grad_v.baddbmm_(weights.mT, grad_numerator)
+        rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *grads.shape))
+        grad_k = torch.bmm(rows, after.mT, out=scratch("grad_key", *k.shape)).baddbmm_(grad_weights.mT, q)
+        grad_q = torch.bmm(carried_grads, before.mT, out=scratch("grad_query", *q.shape)).baddbmm_(grad_weights, k)
+
+        grad_q, grad_k, grad_v = (grad.view(*q_rows.shape[:2], grad.shape[-1]) for grad in (grad_q, grad_k, grad_v))
+        input_grads.store_query(here, *chunk_features.backward(q_features, grad_q, q_rows), q_rows)
+        input_grads.store_key_value(here, *chunk_features.backward(k_features, grad_k, k_rows), k_rows, grad_v)
+    grad_memory = grad_memory.unflatten(0, query.shape[:2])
+    sums = grad_memory[..., :-1], grad_memory[..., -1]
+    return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)
+
+
+def _grads_after(q, carried_grads, grad_memory, scales: _Scales, scratch: Scratch) -> torch.Tensor:
+    """Gradients of the states behind the blocks `[BHG, M, V+1]`; `grad_memory` becomes that of the one before them."""
+    products = torch.bmm(q.mT, carried_grads, out=scratch("products", *q.shape[::2], carried_grads.shape[-1]))
+    after = scratch("after", *products.shape)
+    products, between = (t.unflatten(0, scales.across.shape[:2]).unbind(1) for t in (products, after))
+    _add_up(grad_memory, products[::-1], scales.across.unbind(1)[::-1], between[::-1], grad_memory)
+    return after
