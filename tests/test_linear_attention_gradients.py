@@ -22,8 +22,8 @@ from linear_attention_cases import (
 
 from hf_efficient.kernels.linear_attention import (
     LinearAttentionState,
-    eager_bidirectional,
     eager_causal,
+    eager_chunks,
     linear_attention,
 )
 
@@ -93,10 +93,12 @@ def test_gradients_within_budget(name, causal, dtype, length):
 @every_map
 @causal_or_not
 def test_gradcheck(name, causal, monkeypatch):
-    """Finite differences, so that the definition's own backward is not the only judge. Two chunks, masked, a state."""
-    monkeypatch.setattr(eager_causal, "CAUSAL_CHUNK", 64)
-    monkeypatch.setattr(eager_causal, "CAUSAL_BLOCK", 32)
-    monkeypatch.setattr(eager_bidirectional, "BIDIRECTIONAL_CHUNK", 128)
+    """Finite differences, so that the definition's own backward is not the only judge.
+
+    Two chunks, one of them of several blocks, a mask, and a state before.
+    """
+    monkeypatch.setattr(eager_chunks, "ROWS_AT_A_TIME", 64)
+    monkeypatch.setattr(eager_causal, "CAUSAL_BLOCK", 15)
     length = 70 if causal else 3
     query, key, value = make_inputs(name, length, 2, 2, keys=length if causal else 140, batch=1, heads=1)
     feature_map = make_map(name, 2, torch.float64, features=4)

@@ -66,7 +66,7 @@ def _(
 ):
     batch, heads, length, value_dim = *query.shape[:3], value.shape[-1]
     features = key_value.shape[2]
-    chunks = len(causal_chunks(length)) if save else 0
+    chunks = len(causal_chunks(length, batch * heads)) if save else 0
     saved = [(chunks, batch * heads, features, value_dim + 1), (chunks, batch * heads)] if causal else [(0,), (0,)]
     return (
         key_value.new_empty(batch, heads, length, value_dim),

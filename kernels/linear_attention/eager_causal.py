@@ -18,21 +18,27 @@ from typing import NamedTuple
 
 import torch
 
-from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, scaled_rows, store_quotient
+from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, rows_at_a_time, scaled_rows, store_quotient
 from .eager_features import ChunkFeatures, Scratch
 from .state import LinearAttentionState
 
 
-CAUSAL_CHUNK = 256
+# Rows of a block. Measured on two cores of a Xeon with 2 MiB of cache each (8 heads of 64, m = 266): 4 blocks of 64
+# take 15 % less time than a chunk of 128 in one piece.
 CAUSAL_BLOCK = 64
 
 
-def causal_chunks(length: int) -> list[tuple[slice, int]]:
-    """The rows of each chunk and the size of its blocks: whole blocks, then what is left as a block of its own."""
+def causal_chunks(length: int, heads: int) -> list[tuple[slice, int]]:
+    """The rows of each chunk and the size of its blocks: whole blocks, then what is left as a block of its own.
+
+    `heads` are those of the whole batch.
+    """
+    size = max(rows_at_a_time(heads) // CAUSAL_BLOCK, 1) * CAUSAL_BLOCK
     chunks = []
-    for start in range(0, length, CAUSAL_CHUNK):
-        rows = min(CAUSAL_CHUNK, length - start)
-        whole = rows - rows % CAUSAL_BLOCK
+    for start in range(0, length, size):
+        rows = min(size, length - start)
+        # Up to two blocks' worth is quicker as one: there is no state between to be formed.
+        whole = 0 if rows <= 2 * CAUSAL_BLOCK else rows - rows % CAUSAL_BLOCK
         if whole:
             chunks.append((slice(start, start + whole), CAUSAL_BLOCK))
         if rows > whole:
@@ -63,15 +69,29 @@ class _Scales(NamedTuple):
         return cls(decay.flatten(0, 1), *(t.view(-1, block, 1) for t in (carried, to_end)), across, ends[:, -1])
 
 
-def _add_up(first, products, across, between, last) -> None:
+def _add_up(first, products, across, between) -> None:
     """Fill `between`, the states between blocks: `first`, and then each time the one before, decayed, plus a product.
 
-    Lists have an entry for each block. What is behind the last block goes to `last`, which may be `first`.
+    Lists have an entry for each block.
     """
     between[0].copy_(first)
-    targets = [*between[1:], last]
-    for product, decay, state, target in zip(products, across, between, targets, strict=True):
-        torch.addcmul(product, state, decay, out=target)
+    for product, decay, state, following in zip(products[:-1], across[:-1], between[:-1], between[1:], strict=True):
+        torch.addcmul(product, state, decay, out=following)
+
+
+def _by_block(tensor, scales: _Scales) -> tuple[torch.Tensor, ...]:
+    """A tensor `[BHG, ...]` as one of `[BH, ...]` for each block."""
+    return tensor.unflatten(0, scales.across.shape[:2]).unbind(1)
+
+
+def _states_before(memory, products, scales: _Scales, scratch: Scratch, name: str = "before") -> torch.Tensor:
+    """The states before the blocks of a chunk, given the one before the chunk and what each block adds to it."""
+    across = scales.across.unbind(1)
+    if len(across) == 1:
+        return memory
+    before = scratch(name, *products.shape)
+    _add_up(memory, _by_block(products, scales), across, _by_block(before, scales))
+    return before
 
 
 def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
@@ -80,50 +100,53 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
     """
     inputs = Inputs.of(query, key, value, mask, state.key_value.dtype)
-    memory, maximum = joint_sums(*state[:2]), state.log_scale.flatten()
-    scratch, ones = Scratch(memory), memory.new_ones(1)
+    # A state is kept as values `[BH, M, V]` and sums `[BH, M, 1]`: products of 65 columns are slower than of 64 and 1.
+    values, sums, maximum = (t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state)
+    sums = sums[..., None]
+    scratch = Scratch(values)
     chunk_features = ChunkFeatures(feature_map, scratch)
-    output = memory.new_empty(value.shape)
+    output = values.new_empty(value.shape)
     flat_output = output.flatten(0, 1)
     denominators = output.new_empty(flat_output.shape[:2])
-    chunks = causal_chunks(value.shape[2])
+    chunks = causal_chunks(value.shape[2], len(values))
     saved = len(chunks) if save_states else 0
-    memories, maxima = memory.new_empty(saved, *memory.shape), memory.new_empty(saved, *maximum.shape)
+    heads, features, size = values.shape
+    memories, maxima = values.new_empty(saved, heads, features, size + 1), values.new_empty(saved, heads)
 
     for index, (here, block) in enumerate(chunks):
         if save_states:
-            memories[index], maxima[index] = memory, maximum
+            memories[index, ..., :-1], memories[index, ..., -1:], maxima[index] = values, sums, maximum
         q = chunk_features.queries(inputs.rows("query", here)).values
         k = inputs.keys(here, chunk_features)[1]
         scales = _Scales.of(k.log_scale, maximum, block, scratch)
         q, k, v = (t.reshape(-1, block, t.shape[-1]) for t in (q, k.values, inputs.values(here)))
-        before = _states_before(k, v, ones, memory, scales, scratch, memory)
 
         weights = torch.bmm(q, k.mT, out=scratch("weights", *scales.decay_matrix.shape))
         weights.mul_(scales.decay_matrix).tril_()
         numerator = torch.bmm(weights, v, out=scratch("numerator", *v.shape))
-        earlier = torch.bmm(q, before, out=scratch("earlier", *v.shape[:2], v.shape[2] + 1))
-        numerator.addcmul_(earlier[..., :-1], scales.carried)
-        denominator = weights.sum(dim=-1, keepdim=True).addcmul_(earlier[..., -1:], scales.carried)
+        denominator = weights.sum(dim=-1, keepdim=True)
+        rows = torch.mul(v, scales.to_end, out=scratch("rows", *v.shape))
+        products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], size))
+        sum_products = torch.bmm(k.mT, scales.to_end)
+        before = _states_before(values, products, scales, scratch)
+        sums_before = _states_before(sums, sum_products, scales, scratch, "sums_before")
+        numerator.addcmul_(torch.bmm(q, before, out=scratch("rows", *v.shape)), scales.carried)
+        denominator.addcmul_(torch.bmm(q, sums_before), scales.carried)
+        for state, product, earlier in ((values, products, before), (sums, sum_products, sums_before)):
+            last = _by_block(product, scales)[-1], _by_block(earlier, scales)[-1]
+            torch.addcmul(*last, scales.across[:, -1], out=state)
+
         rows = here.stop - here.start
-        numerator, denominator = numerator.view(-1, rows, v.shape[-1]), denominator.view(-1, rows)
-        store_quotient(flat_output, denominators, here, numerator, denominator)
+        store_quotient(flat_output, denominators, here, numerator.view(-1, rows, size), denominator.view(-1, rows))
         maximum = scales.end
-    memory = memory.unflatten(0, query.shape[:2])
-    new_state = LinearAttentionState(
-        memory[..., :-1].contiguous(), memory[..., -1].contiguous(), maximum.clone().unflatten(0, query.shape[:2])
+    tensors = (values, sums.squeeze(-1), maximum.clone())
+    return (
+        output,
+        LinearAttentionState(*(t.unflatten(0, query.shape[:2]) for t in tensors)),
+        denominators,
+        memories,
+        maxima,
     )
-    return output, new_state, denominators, memories, maxima
-
-
-def _states_before(k, v, ones, memory, scales: _Scales, scratch: Scratch, last) -> torch.Tensor:
-    """The states before the blocks of a chunk `[BHG, M, V+1]`; the one behind them goes to `last`."""
-    rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *v.shape[:2], v.shape[2] + 1))
-    products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], v.shape[2] + 1))
-    before = scratch("before", *products.shape)
-    products, between = (t.unflatten(0, scales.across.shape[:2]).unbind(1) for t in (products, before))
-    _add_up(memory, products, scales.across.unbind(1), between, last)
-    return before
 
 
 def causal_backward(
@@ -139,7 +162,7 @@ def causal_backward(
     chunk_features = ChunkFeatures(feature_map, scratch)
     grad_memory = joint_sums(*grad_state).to(denominators.dtype)
 
-    for index, (here, block) in reversed(list(enumerate(causal_chunks(value.shape[2])))):
+    for index, (here, block) in reversed(list(enumerate(causal_chunks(value.shape[2], len(grad_memory))))):
         q_rows = inputs.rows("query", here)
         q_features = chunk_features.queries(q_rows, for_backward=True)
         k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
@@ -154,9 +177,17 @@ def causal_backward(
             )
         )
         grad_numerator, grad_denominator = grads[..., :-1], grads[..., -1:]
-        before = _states_before(k, v, ones, memories[index], scales, scratch, scratch("last", *memories.shape[1:]))
+        rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *grads.shape))
+        products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], rows.shape[-1]))
+        before = _states_before(memories[index], products, scales, scratch)
         carried_grads = torch.mul(grads, scales.carried, out=scratch("carried", *grads.shape))
-        after = _grads_after(q, carried_grads, grad_memory, scales, scratch)
+        # The gradients of the states behind the blocks add up like the states, from the last block to the first.
+        products = torch.bmm(q.mT, carried_grads, out=scratch("products", *products.shape))
+        after = scratch("after", *products.shape)
+        by_block, across = _by_block(products, scales)[::-1], scales.across.unbind(1)[::-1]
+        between = _by_block(after, scales)[::-1]
+        _add_up(grad_memory, by_block, across, between)
+        torch.addcmul(by_block[-1], between[-1], across[-1], out=grad_memory)
 
         square = scales.decay_matrix.shape
         weights = torch.bmm(q, k.mT, out=scratch("weights", *square)).mul_(scales.decay_matrix).tril_()
@@ -164,7 +195,6 @@ def causal_backward(
         grad_weights.add_(grad_denominator).mul_(scales.decay_matrix).tril_()
         grad_v = torch.bmm(k, after[..., :-1], out=scratch("grad_value", *v.shape)).mul_(scales.to_end)
         grad_v.baddbmm_(weights.mT, grad_numerator)
-        rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *grads.shape))
         grad_k = torch.bmm(rows, after.mT, out=scratch("grad_key", *k.shape)).baddbmm_(grad_weights.mT, q)
         grad_q = torch.bmm(carried_grads, before.mT, out=scratch("grad_query", *q.shape)).baddbmm_(grad_weights, k)
 
@@ -174,12 +204,3 @@ def causal_backward(
     grad_memory = grad_memory.unflatten(0, query.shape[:2])
     sums = grad_memory[..., :-1], grad_memory[..., -1]
     return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)
-
-
-def _grads_after(q, carried_grads, grad_memory, scales: _Scales, scratch: Scratch) -> torch.Tensor:
-    """Gradients of the states behind the blocks `[BHG, M, V+1]`; `grad_memory` becomes that of the one before them."""
-    products = torch.bmm(q.mT, carried_grads, out=scratch("products", *q.shape[::2], carried_grads.shape[-1]))
-    after = scratch("after", *products.shape)
-    products, between = (t.unflatten(0, scales.across.shape[:2]).unbind(1) for t in (products, after))
-    _add_up(grad_memory, products[::-1], scales.across.unbind(1)[::-1], between[::-1], grad_memory)
-    return after
