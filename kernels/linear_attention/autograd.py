@@ -144,9 +144,9 @@ def _setup_context(ctx, inputs, output):
 
 def _backward_of_forward(ctx, *grads):
     wanted = [ctx.needs_input_grad[7], ctx.needs_input_grad[8]]
-    outputs = ctx.saved_tensors[7:10]
-    given = [torch.zeros_like(o) if grad is None else grad for grad, o in zip(grads[:3], outputs, strict=True)]
-    grads = _backward(*given, *ctx.saved_tensors, *ctx.options, *wanted)
+    saved = ctx.saved_tensors  # to be read once: checkpointing computes them again
+    given = [torch.zeros_like(o) if grad is None else grad for grad, o in zip(grads[:3], saved[7:10], strict=True)]
+    grads = _backward(*given, *saved, *ctx.options, *wanted)
     query, key, value, key_value, key_sum, projection, bias = grads
     parameters = [grad if want else None for grad, want in zip((projection, bias), wanted, strict=True)]
     return query, key, value, key_value, key_sum, None, None, *parameters, None, None, None, None, None, None
