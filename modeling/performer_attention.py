@@ -83,6 +83,7 @@ class PerformerAttention(_PerformerAttentionBase):
         self.may_be_plain = self.is_causal and not (self.num_local_heads or self.has_legacy_features)
         self.may_be_plain &= self.num_key_value_groups == 1 and not self.masked_keys_in_normalizer
         self.may_be_plain &= self.feature_map in ("softmax", "hyperbolic") and self.feature_epsilon > 0
+        self._known_step_map = None, 0, None
         rows = self.num_projection_rows(config) if self.has_global_heads else 0
         # Persistent: the weights were trained with these features and mean nothing without them.
         self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
@@ -153,13 +154,18 @@ class PerformerAttention(_PerformerAttentionBase):
                 hidden_states, encoder_hidden_states, padding_mask, past_key_values, projection
             )
             return self.project_out(attended), None
-        query, key, value = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
         layer = self._cache_layer(past_key_values)
-        if self.may_be_plain and layer is not None and padding_mask is None and hidden_states.shape[1] == 1:
+        plain = self.may_be_plain and layer is not None and padding_mask is None
+        plain = plain and hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
+        # Of rows in two dimensions a projection is one operator; in three, `matmul` and its views stand around it.
+        rows = hidden_states.squeeze(1) if plain else hidden_states
+        query, key, value = self.q_proj(rows), self.k_proj(rows), self.v_proj(rows)
+        if plain:
             attended = self._plain_step(query, key, value, rotary, layer, projection)
             if attended is not None:
                 layer.count(hidden_states)
-                return self.drop(self.o_proj(attended.view(query.shape))), None
+                return self.drop(self.o_proj(attended.view(query.shape))).unsqueeze(1), None
+            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         query = self.split_heads(query)
         key, value = (repeat_kv(self.split_heads(states), self.num_key_value_groups) for states in (key, value))
         if not self.num_local_heads:
@@ -176,9 +182,9 @@ class PerformerAttention(_PerformerAttentionBase):
         """One token of decoding, behind fewer checks than `_global_heads`; None where that has to do it.
 
         Args:
-            query, key, value: `[B, 1, H * D]`, whose heads need no transposition.
+            query, key, value: `[B, H * D]`, whose heads need no transposition.
         """
-        if torch.is_grad_enabled() or not query.is_cpu or not layer.owns_state or query.dtype != layer.keys.dtype:
+        if not query.is_cpu or not layer.owns_state or query.dtype != layer.keys.dtype:
             return None
         if not hasattr(layer, "step_offsets"):  # of an older copy of this code
             return None
@@ -186,9 +192,24 @@ class PerformerAttention(_PerformerAttentionBase):
         both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)
         if rotary is not None:
             both = apply_rotary(both, rotary)
-        feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
+        feature_map = self._step_feature_map(self.projection_matrix if projection is None else projection)
         value = value.view(batch, -1, 1, self.head_dim)
         return plain_step(both, value, feature_map, layer.state, layer.step_offsets, self.kernel_backend)
+
+    def _step_feature_map(self, projection: torch.Tensor) -> FeatureMap:
+        """The feature map, its projection stored column by column: of few rows, the product takes a quarter less.
+
+        Made anew when the projection is another, or has been written to.
+        """
+        if projection.is_inference():  # which keep no account of what is written to them
+            return self.make_feature_map(projection)
+        known, version, feature_map = self._known_step_map
+        if known is not projection or version != projection._version:
+            feature_map = self.make_feature_map(projection)
+            columns = feature_map.projection.t().contiguous()
+            feature_map = feature_map._replace(projection=columns.t())
+            self._known_step_map = projection, projection._version, feature_map
+        return feature_map
 
     def _both_kinds(self, query, key, value, padding_mask, window_mask, position_ids, rotary, layer, projection):
         """Linear attention in the first heads, local attention in the last ones."""

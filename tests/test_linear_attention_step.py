@@ -183,3 +183,28 @@ def test_no_rows_are_no_obstacle_to_the_general_step():
 )
 def test_other_attentions_do_not_ask_for_it(options):
     assert not performer(**options).model.layers[0].self_attn.may_be_plain
+
+
+@pytest.mark.parametrize("feature_map", ["softmax", "hyperbolic"])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_a_step_reads_the_projections_as_they_are_now(feature_map, mode):
+    """A layer keeps its projection as steps want it, until that is written to or becomes another."""
+    model, tokens = performer(feature_map=feature_map), torch.randint(1, 40, (1, 12))
+    settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
+
+    def logits(model):
+        with mode():
+            return torch.stack(model.generate(tokens, **settings).logits)
+
+    first = logits(model)
+    for change in ("in place", "another"):
+        for layer in model.model.layers:
+            drawn = layer.self_attn.projection_matrix.roll(1, dims=-1)
+            if change == "in place":
+                layer.self_attn.projection_matrix.copy_(drawn)
+            else:
+                layer.self_attn.projection_matrix = drawn
+        fresh = performer(feature_map=feature_map)
+        fresh.load_state_dict(model.state_dict())
+        assert torch.equal(logits(model), logits(fresh))
+        assert not torch.equal(logits(model), first)
