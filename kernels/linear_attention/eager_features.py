@@ -59,8 +59,8 @@ class ChunkFeatures:
         """Features of `rows` `[BH, C, D]`, up to a factor per row."""
         if self.function != EXPONENTIAL:
             return self._pointwise("query", rows, for_backward)
-        logits = self._logits("logits", rows)
-        values = torch.softmax(logits, dim=-1, out=self.scratch("query", *logits.shape))
+        logits = self._logits("query", rows)
+        values = torch.softmax(logits, dim=-1, out=logits)  # in place: a number is read before it is written to
         return Features(values.add_(self.epsilon) if self.epsilon else values)
 
     def keys(self, rows: torch.Tensor, for_backward: bool = False) -> Features:
