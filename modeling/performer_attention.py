@@ -83,7 +83,6 @@ class PerformerAttention(_PerformerAttentionBase):
         self.may_be_plain = self.is_causal and not (self.num_local_heads or self.has_legacy_features)
         self.may_be_plain &= self.num_key_value_groups == 1 and not self.masked_keys_in_normalizer
         self.may_be_plain &= self.feature_map in ("softmax", "hyperbolic") and self.feature_epsilon > 0
-        self._known_step_map = None, 0, None
         rows = self.num_projection_rows(config) if self.has_global_heads else 0
         # Persistent: the weights were trained with these features and mean nothing without them.
         self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
@@ -155,8 +154,7 @@ class PerformerAttention(_PerformerAttentionBase):
             )
             return self.project_out(attended), None
         layer = self._cache_layer(past_key_values)
-        plain = self.may_be_plain and layer is not None and padding_mask is None
-        plain = plain and hidden_states.shape[1] == 1 and not torch.is_grad_enabled()
+        plain = padding_mask is None and self._may_be_plain_step(hidden_states, layer)
         # Of rows in two dimensions a projection is one operator; in three, `matmul` and its views stand around it.
         rows = hidden_states.squeeze(1) if plain else hidden_states
         query, key, value = self.q_proj(rows), self.k_proj(rows), self.v_proj(rows)
@@ -178,38 +176,45 @@ class PerformerAttention(_PerformerAttentionBase):
             layer.count(hidden_states)
         return self.project_out(attended), None
 
+    def _may_be_plain_step(self, hidden_states: torch.Tensor, layer: RecurrentStateLayer | None) -> bool:
+        """Whether this is one token of decoding that `_plain_step` may take. Projections see it as `[B, C]` then."""
+        return (
+            self.may_be_plain
+            and layer is not None
+            and hidden_states.shape[1] == 1
+            and hidden_states.is_cpu
+            and not torch.is_grad_enabled()
+            and layer.owns_state
+            and hasattr(layer, "step_offsets")  # not of an older copy of this code
+        )
+
     def _plain_step(self, query, key, value, rotary, layer, projection) -> torch.Tensor | None:
         """One token of decoding, behind fewer checks than `_global_heads`; None where that has to do it.
 
         Args:
             query, key, value: `[B, H * D]`, whose heads need no transposition.
         """
-        if not query.is_cpu or not layer.owns_state or query.dtype != layer.keys.dtype:
-            return None
-        if not hasattr(layer, "step_offsets"):  # of an older copy of this code
+        if query.dtype != layer.keys.dtype:
             return None
         batch = query.shape[0]
         both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)
         if rotary is not None:
             both = apply_rotary(both, rotary)
-        feature_map = self._step_feature_map(self.projection_matrix if projection is None else projection)
+        feature_map = self._step_feature_map(self.projection_matrix if projection is None else projection, layer)
         value = value.view(batch, -1, 1, self.head_dim)
         return plain_step(both, value, feature_map, layer.state, layer.step_offsets, self.kernel_backend)
 
-    def _step_feature_map(self, projection: torch.Tensor) -> FeatureMap:
-        """The feature map, its projection stored column by column: of few rows, the product takes a quarter less.
+    def _step_feature_map(self, projection: torch.Tensor, layer: RecurrentStateLayer) -> FeatureMap:
+        """The feature map, its projection stored column by column: the few rows of a step are multiplied faster.
 
-        Made anew when the projection is another, or has been written to.
+        It is kept with the state, which is made of these features.
         """
-        if projection.is_inference():  # which keep no account of what is written to them
-            return self.make_feature_map(projection)
-        known, version, feature_map = self._known_step_map
-        if known is not projection or version != projection._version:
+        known = getattr(layer, "step_feature_map", None)
+        if known is None or known[0] is not projection:
             feature_map = self.make_feature_map(projection)
             columns = feature_map.projection.t().contiguous()
-            feature_map = feature_map._replace(projection=columns.t())
-            self._known_step_map = projection, projection._version, feature_map
-        return feature_map
+            known = layer.step_feature_map = projection, feature_map._replace(projection=columns.t())
+        return known[1]
 
     def _both_kinds(self, query, key, value, padding_mask, window_mask, position_ids, rotary, layer, projection):
         """Linear attention in the first heads, local attention in the last ones."""

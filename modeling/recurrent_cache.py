@@ -31,6 +31,8 @@ class RecurrentStateLayer(StateLayer):
     def _clear(self) -> None:
         super()._clear()
         self.log_scale = self._step_offsets = None
+        # What the attention keeps from step to step; gone when the state is another.
+        self.step_feature_map = None
         self.last_tokens = LastTokens()
         self._forget()
 
@@ -55,7 +57,7 @@ class RecurrentStateLayer(StateLayer):
     @state.setter
     def state(self, state: LinearAttentionState | None):
         self.keys, self.values, self.log_scale = (None, None, None) if state is None else state
-        self._step_offsets = None
+        self._step_offsets = self.step_feature_map = None
 
     @property
     def step_offsets(self) -> Tensor:
@@ -110,7 +112,7 @@ class RecurrentStateLayer(StateLayer):
 
         for name in ("keys", "values", "log_scale", "window_keys", "window_values"):
             setattr(self, name, apply(getattr(self, name)))
-        self._step_offsets = None
+        self._step_offsets = self.step_feature_map = None
         self.last_tokens.map(function)
         if self._base is not None:
             self._base = LinearAttentionState(*map(function, self._base))

@@ -32,6 +32,7 @@ from hf_efficient.kernels.linear_attention import (
     LinearAttentionState,
     linear_attention,
 )
+from hf_efficient.kernels.linear_attention.eager_causal import causal_chunks, saved_states
 from hf_efficient.kernels.linear_attention.reference import linear_attention_recurrent
 
 
@@ -215,6 +216,26 @@ def test_nothing_is_read_before_it_is_written(name, causal, nan_poisoned):
     (output.sum() + state.key_value.sum() + state.key_sum.sum()).backward()
     for tensor in (output, *state, *(t.grad for t in inputs)):
         assert torch.isfinite(tensor).all()
+
+
+@causal_or_not
+@pytest.mark.parametrize("length", [0, 70, 200])
+@pytest.mark.parametrize("batch, heads, head_dim, value_dim", [(0, 3, 8, 5), (2, 0, 8, 5), (2, 3, 0, 5), (2, 3, 8, 0)])
+def test_nothing_comes_of_nothing(batch, heads, head_dim, value_dim, length, causal):
+    query, key = (torch.rand(batch, heads, length, head_dim) for _ in range(2))
+    value = torch.rand(batch, heads, length, value_dim)
+    output, state = linear_attention(query, key, value, FeatureMap("elu_plus_one"), causal=causal)
+    assert output.shape == value.shape and not output.any()
+    assert state.key_value.shape == (batch, heads, head_dim, value_dim)
+
+
+@pytest.mark.parametrize("heads", [0, 1, 16, 17, 200])
+def test_causal_chunks_cover_the_rows_and_have_room_for_their_states(heads):
+    for length in range(1100):
+        chunks = causal_chunks(length, heads)
+        assert [row for here, _ in chunks for row in range(here.start, here.stop)] == list(range(length))
+        assert all((here.stop - here.start) % block == 0 for here, block in chunks)
+        assert len(chunks) <= saved_states(length)
 
 
 @causal_or_not

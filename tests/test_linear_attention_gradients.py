@@ -21,6 +21,7 @@ from linear_attention_cases import (
 )
 
 from hf_efficient.kernels.linear_attention import (
+    FeatureMap,
     LinearAttentionState,
     eager_causal,
     eager_chunks,
@@ -95,9 +96,9 @@ def test_gradients_within_budget(name, causal, dtype, length):
 def test_gradcheck(name, causal, monkeypatch):
     """Finite differences, so that the definition's own backward is not the only judge.
 
-    Two chunks, one of them of several blocks, a mask, and a state before.
+    Several chunks (the first causal one has four blocks), a mask, and a state before.
     """
-    monkeypatch.setattr(eager_chunks, "ROWS_AT_A_TIME", 64)
+    monkeypatch.setattr(eager_chunks, "CHUNK", 60)
     monkeypatch.setattr(eager_causal, "CAUSAL_BLOCK", 15)
     length = 70 if causal else 3
     query, key, value = make_inputs(name, length, 2, 2, keys=length if causal else 140, batch=1, heads=1)
@@ -201,3 +202,15 @@ def test_a_second_derivative_is_refused():
     gradient = torch.autograd.grad(output.square().sum(), inputs, create_graph=True)[0]
     with pytest.raises(RuntimeError):
         torch.autograd.grad(gradient.square().sum(), inputs)
+
+
+@causal_or_not
+@pytest.mark.parametrize("size", [90.0, 95.0])
+def test_no_gradient_is_none_even_over_a_subnormal_denominator(size, causal):
+    """Rows that are not in the loss have gradients of zero, not 0 · ∞."""
+    feature_map = FeatureMap("exponential", None, None, 1.0, 0.0, subtract_norm=False)
+    query = torch.tensor([size, 0.0]).expand(1, 1, 3, 2).clone().requires_grad_()
+    key = torch.tensor([0.0, size]).expand(1, 1, 3, 2).clone().requires_grad_()
+    value = torch.rand(1, 1, 3, 2, requires_grad=True)
+    (linear_attention(query, key, value, feature_map, causal=causal).output * 0).sum().backward()
+    assert not any(leaf.grad.any() for leaf in (query, key, value))

@@ -1,5 +1,7 @@
 """`plain_step`, the shortest way through a step of decoding: right where it goes, and untouched where it does not."""
 
+import copy
+
 import pytest
 import torch
 from helpers import assert_within_budget
@@ -187,8 +189,8 @@ def test_other_attentions_do_not_ask_for_it(options):
 
 @pytest.mark.parametrize("feature_map", ["softmax", "hyperbolic"])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_a_step_reads_the_projections_as_they_are_now(feature_map, mode):
-    """A layer keeps its projection as steps want it, until that is written to or becomes another."""
+def test_steps_read_the_projections_as_they_are_now(feature_map, mode):
+    """Steps have their own copy of a projection; no later prompt may meet it, whichever way the model changed."""
     model, tokens = performer(feature_map=feature_map), torch.randint(1, 40, (1, 12))
     settings = {"max_new_tokens": 8, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
 
@@ -196,15 +198,28 @@ def test_a_step_reads_the_projections_as_they_are_now(feature_map, mode):
         with mode():
             return torch.stack(model.generate(tokens, **settings).logits)
 
-    first = logits(model)
-    for change in ("in place", "another"):
+    def turned(layer):
+        return layer.self_attn.projection_matrix.roll(1, dims=-1)
+
+    def write(model):
         for layer in model.model.layers:
-            drawn = layer.self_attn.projection_matrix.roll(1, dims=-1)
-            if change == "in place":
-                layer.self_attn.projection_matrix.copy_(drawn)
-            else:
-                layer.self_attn.projection_matrix = drawn
+            layer.self_attn.projection_matrix.copy_(turned(layer))
+        return model
+
+    def write_unseen(model):
+        for layer in model.model.layers:
+            layer.self_attn.projection_matrix.data.copy_(turned(layer))
+        return model
+
+    def replace(model):
+        for layer in model.model.layers:
+            layer.self_attn.projection_matrix = turned(layer)
+        return model
+
+    for change in (write, write_unseen, replace, lambda model: write(copy.deepcopy(model))):
+        before = logits(model)
+        model = change(model)
         fresh = performer(feature_map=feature_map)
         fresh.load_state_dict(model.state_dict())
         assert torch.equal(logits(model), logits(fresh))
-        assert not torch.equal(logits(model), first)
+        assert not torch.equal(logits(model), before)

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..backend import is_observed
 from ..custom_operator import custom_operator
 from .eager_bidirectional import bidirectional_backward, bidirectional_forward
-from .eager_causal import causal_backward, causal_chunks, causal_forward
+from .eager_causal import causal_backward, causal_forward, saved_states
 from .feature_maps import FeatureMap
 from .state import LinearAttentionState
 
@@ -66,7 +66,7 @@ def _(
 ):
     batch, heads, length, value_dim = *query.shape[:3], value.shape[-1]
     features = key_value.shape[2]
-    chunks = len(causal_chunks(length, batch * heads)) if save else 0
+    chunks = saved_states(length) if save else 0
     saved = [(chunks, batch * heads, features, value_dim + 1), (chunks, batch * heads)] if causal else [(0,), (0,)]
     return (
         key_value.new_empty(batch, heads, length, value_dim),

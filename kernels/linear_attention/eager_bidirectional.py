@@ -17,14 +17,10 @@ from .eager_features import ChunkFeatures, Scratch
 from .state import LinearAttentionState
 
 
-# A product adds up so many rows at most: the more, the worse it rounds.
-LARGEST_CHUNK = 256
-
-
 def _chunks(tensor: torch.Tensor) -> list[slice]:
     """The rows of each chunk of `[B, H, N, ·]`."""
     batch, heads, length = tensor.shape[:3]
-    size = min(rows_at_a_time(batch * heads), LARGEST_CHUNK)
+    size = rows_at_a_time(batch * heads)
     return [slice(start, min(start + size, length)) for start in range(0, length, size)]
 
 

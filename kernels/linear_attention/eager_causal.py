@@ -33,17 +33,28 @@ def causal_chunks(length: int, heads: int) -> list[tuple[slice, int]]:
 
     `heads` are those of the whole batch.
     """
-    size = max(rows_at_a_time(heads) // CAUSAL_BLOCK, 1) * CAUSAL_BLOCK
+    size = rows_at_a_time(heads)
     chunks = []
     for start in range(0, length, size):
         rows = min(size, length - start)
-        # Up to two blocks' worth is quicker as one: there is no state between to be formed.
+        # Up to two blocks' worth is one block: there is no state between to be formed.
         whole = 0 if rows <= 2 * CAUSAL_BLOCK else rows - rows % CAUSAL_BLOCK
         if whole:
             chunks.append((slice(start, start + whole), CAUSAL_BLOCK))
         if rows > whole:
             chunks.append((slice(start + whole, start + rows), rows - whole))
     return chunks
+
+
+def saved_states(length: int) -> int:
+    """How many states before chunks there is room for: enough, and by arithmetic alone, for symbolic shapes too."""
+    return (length + 2 * CAUSAL_BLOCK - 1) // (2 * CAUSAL_BLOCK)
+
+
+def _in_blocks(tensor: torch.Tensor, block: int) -> torch.Tensor:
+    """`[BH, G C, ·]` as `[BHG, C, ·]`, of any size, nothing included."""
+    heads, rows, size = tensor.shape
+    return tensor.reshape(heads * (rows // block), block, size)
 
 
 class _Scales(NamedTuple):
@@ -58,7 +69,8 @@ class _Scales(NamedTuple):
     @classmethod
     def of(cls, log_scale, maximum, block: int, scratch: Scratch):
         """Of a chunk's scales `[BH, G C]` and the maximum `[BH]` of all the keys before it."""
-        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None]).view(len(maximum), -1, block)
+        by_block = len(maximum), log_scale.shape[1] // block, block
+        running = torch.maximum(torch.cummax(log_scale, dim=-1).values, maximum[:, None]).view(by_block)
         log_scale, ends = log_scale.view_as(running), running[..., -1]
         starts = torch.cat([maximum[:, None], ends[:, :-1]], dim=1)
         decay = scratch("decay", *running.shape, block)
@@ -66,7 +78,7 @@ class _Scales(NamedTuple):
         carried = torch.exp(starts[..., None] - running)
         to_end = torch.exp(log_scale - ends[..., None])
         across = torch.exp(starts - ends)[..., None, None]
-        return cls(decay.flatten(0, 1), *(t.view(-1, block, 1) for t in (carried, to_end)), across, ends[:, -1])
+        return cls(decay.flatten(0, 1), *(t.flatten(0, 1)[..., None] for t in (carried, to_end)), across, ends[:, -1])
 
 
 def _add_up(first, products, across, between) -> None:
@@ -97,7 +109,7 @@ def _states_before(memory, products, scales: _Scales, scratch: Scratch, name: st
 def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
     """Output (not rounded yet), final state, denominators `[BH, N]`, and the states before each chunk.
 
-    The last two, `[chunks, BH, M, V+1]` and `[chunks, BH]`, are empty unless `save_states`.
+    The last two, `[saved, BH, M, V+1]` and `[saved, BH]`, are empty unless `save_states`, and may have room to spare.
     """
     inputs = Inputs.of(query, key, value, mask, state.key_value.dtype)
     # A state is kept as values `[BH, M, V]` and sums `[BH, M, 1]`: products of 65 columns are slower than of 64 and 1.
@@ -108,18 +120,17 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     output = values.new_empty(value.shape)
     flat_output = output.flatten(0, 1)
     denominators = output.new_empty(flat_output.shape[:2])
-    chunks = causal_chunks(value.shape[2], len(values))
-    saved = len(chunks) if save_states else 0
+    saved = saved_states(value.shape[2]) if save_states else 0
     heads, features, size = values.shape
     memories, maxima = values.new_empty(saved, heads, features, size + 1), values.new_empty(saved, heads)
 
-    for index, (here, block) in enumerate(chunks):
+    for index, (here, block) in enumerate(causal_chunks(value.shape[2], heads)):
         if save_states:
             memories[index, ..., :-1], memories[index, ..., -1:], maxima[index] = values, sums, maximum
         q = chunk_features.queries(inputs.rows("query", here)).values
         k = inputs.keys(here, chunk_features)[1]
         scales = _Scales.of(k.log_scale, maximum, block, scratch)
-        q, k, v = (t.reshape(-1, block, t.shape[-1]) for t in (q, k.values, inputs.values(here)))
+        q, k, v = (_in_blocks(t, block) for t in (q, k.values, inputs.values(here)))
 
         weights = torch.bmm(q, k.mT, out=scratch("weights", *scales.decay_matrix.shape))
         weights.mul_(scales.decay_matrix).tril_()
@@ -136,8 +147,8 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
             last = _by_block(product, scales)[-1], _by_block(earlier, scales)[-1]
             torch.addcmul(*last, scales.across[:, -1], out=state)
 
-        rows = here.stop - here.start
-        store_quotient(flat_output, denominators, here, numerator.view(-1, rows, size), denominator.view(-1, rows))
+        shape = heads, here.stop - here.start
+        store_quotient(flat_output, denominators, here, numerator.view(*shape, size), denominator.view(shape))
         maximum = scales.end
     tensors = (values, sums.squeeze(-1), maximum.clone())
     return (
@@ -167,15 +178,9 @@ def causal_backward(
         q_features = chunk_features.queries(q_rows, for_backward=True)
         k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
         scales = _Scales.of(k_features.log_scale, maxima[index], block, scratch)
-        q, k, v, grads = (
-            t.reshape(-1, block, t.shape[-1])
-            for t in (
-                q_features.values,
-                k_features.values,
-                inputs.values(here),
-                quotient_grads(grad_output, output, denominators, here, scratch),
-            )
-        )
+        grads = quotient_grads(grad_output, output, denominators, here, scratch)
+        chunk = q_features.values, k_features.values, inputs.values(here), grads
+        q, k, v, grads = (_in_blocks(tensor, block) for tensor in chunk)
         grad_numerator, grad_denominator = grads[..., :-1], grads[..., -1:]
         rows = scaled_rows(v, ones, scales.to_end, scratch("rows", *grads.shape))
         products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], rows.shape[-1]))

@@ -23,7 +23,7 @@ class Features(NamedTuple):
 class Scratch:
     """Memory for what lives no longer than a chunk: the next chunk finds it where it was, warm in the cache.
 
-    Allocated anew for every chunk, the same numbers take a fifth longer.
+    Allocated anew for every chunk, attention of 4,096 tokens takes 3 to 9 % longer (two cores of a Xeon).
     """
 
     def __init__(self, like: torch.Tensor):
@@ -45,7 +45,7 @@ class Scratch:
 class ChunkFeatures:
     """`feature_maps.query_features` and `key_features` of one map.
 
-    In place wherever nothing else needs the tensor; what is returned is good until the next chunk.
+    In place wherever nothing else needs the tensor. What is returned is good until the same method is called again.
     """
 
     def __init__(self, feature_map: FeatureMap, scratch: Scratch):
