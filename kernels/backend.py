@@ -16,9 +16,8 @@ except ImportError:
 
 logger = logging.getLogger(__name__)
 
-# MKL's vector functions look for their code when the first of them is called. Where two threads call it first, and at
-# the same time, one of them may compute that call with half the digits: `exp` off by 1.5e-4 in 15 of 40 processes (two
-# cores of a Xeon, torch 2.13), in none with this line. One number is a matter of one thread.
+# With MKL, the first `exp` of a process may be off by 1.5e-4 in the part of one thread, if two threads share it: in 15
+# of 40 processes (two cores of a Xeon, torch 2.13), in none of 40 after this call, which one thread makes alone.
 torch.exp(torch.zeros(1, device="cpu"))
 
 BACKENDS = ("auto", "triton", "eager")

@@ -206,8 +206,8 @@ def test_a_second_derivative_is_refused():
 
 @causal_or_not
 @pytest.mark.parametrize("size", [90.0, 95.0])
-def test_no_gradient_is_none_even_over_a_subnormal_denominator(size, causal):
-    """Rows that are not in the loss have gradients of zero, not 0 · ∞."""
+def test_rows_outside_the_loss_have_gradients_of_zero_over_a_subnormal_denominator(size, causal):
+    """Not 0 · ∞."""
     feature_map = FeatureMap("exponential", None, None, 1.0, 0.0, subtract_norm=False)
     query = torch.tensor([size, 0.0]).expand(1, 1, 3, 2).clone().requires_grad_()
     key = torch.tensor([0.0, size]).expand(1, 1, 3, 2).clone().requires_grad_()

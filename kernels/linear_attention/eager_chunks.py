@@ -13,8 +13,8 @@ from .state import EMPTY_LOG_SCALE
 
 
 # Rows of a chunk, where few heads share the cache and where many do. Measured on two cores of a Xeon with 2 MiB of
-# cache each (heads of 64, m = 266): 8 heads take up to 6 % less time with 256 rows than with 128, and with 32 and 64
-# heads the causal form takes a fifth more, forward and backward; in the other form it makes no difference.
+# cache each (heads of 64, m = 266): 8 heads take 3 to 5 % less time with 256 rows than with 128; 32 and 64 heads take
+# a fifth more in the causal form with its backward pass, and in the other form the same to 4 %.
 CHUNK, CHUNK_OF_MANY_HEADS = 256, 128
 MANY_HEADS = 17
 
