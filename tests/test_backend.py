@@ -212,6 +212,6 @@ assert torch.equal(exponentials(), exponentials())
 
 @pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="this PyTorch has no MKL")
 def test_the_first_exponentials_of_a_process_are_as_good_as_the_next():
-    """Without the first call in backend.py some processes get them wrong, hence four: five runs of five failed then."""
+    """Without the first call in backend.py some processes get them wrong, hence four: five of five runs failed."""
     for _ in range(4):
         run_python("-c", FIRST_CALL)
