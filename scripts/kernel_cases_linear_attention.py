@@ -19,28 +19,30 @@ def meta(*shape, dtype=torch.float32):
     return torch.empty(*shape, dtype=dtype, device="meta")
 
 
-def make_call(dtype, head_dim, function, features, length, sequences, bias=False):
+def make_call(dtype, head_dim, function, features, length, sequences, bias=False, heads=HEADS):
     """Query, key, value, feature map and state."""
     batch = 1 if sequences else 2
-    query, key, value = (meta(batch, HEADS, length, head_dim, dtype=dtype) for _ in range(3))
+    query, key, value = (meta(batch, heads, length, head_dim, dtype=dtype) for _ in range(3))
     projection = None if features is None else meta(features, head_dim)
     features = features or head_dim
     feature_map = FeatureMap(function, projection, meta(features) if bias else None, head_dim**-0.25, 1e-6)
     rows = sequences or batch
-    state = LinearAttentionState(meta(rows, HEADS, features, head_dim), meta(rows, HEADS, features), meta(rows, HEADS))
+    state = LinearAttentionState(meta(rows, heads, features, head_dim), meta(rows, heads, features), meta(rows, heads))
     return query, key, value, feature_map, state
 
 
-def attend(dtype, head_dim, function, features, causal, gradients, options=False):
+def attend(dtype, head_dim, function, features, causal, gradients, options=False, length=1024, heads=HEADS):
     """Forward, or backward; `options`: padding, packing, a bias, and the gradients of the parameters."""
     sequences = 3 if options else 0
-    query, key, value, feature_map, state = make_call(dtype, head_dim, function, features, 1024, sequences, options)
-    mask = meta(1, 1024, dtype=torch.bool) if options else None
+    query, key, value, feature_map, state = make_call(
+        dtype, head_dim, function, features, length, sequences, options, heads
+    )
+    mask = meta(1, length, dtype=torch.bool) if options else None
     cu_seqlens = meta(sequences + 1, dtype=torch.int32) if options else None
     if not gradients:
         forward(query, key, value, feature_map, mask, state, causal, cu_seqlens)
         return
-    rows = meta(query.shape[0], HEADS, 1024)
+    rows = meta(*query.shape[:3])
     backward(
         torch.empty_like(value),
         state[:2],
@@ -66,6 +68,11 @@ def step(dtype, head_dim, function, features):
 
 def cases():
     found = []
+    # Few heads and a long sequence, along which several programs walk: the rest of these kernels is as below.
+    for causal in (True, False):
+        call = partial(attend, torch.bfloat16, 64, "exponential", 256, causal, True, length=16384, heads=2)
+        what = f"{'causal' if causal else 'bidirectional'} backward bfloat16 d64 exponential, walks shared"
+        found.append(KernelCase(what, True, call))
     for dtype, name in NAMES.items():
         for head_dim, function, features in ((64, "exponential", 256), (128, "identity", None)):
             shape = dtype, head_dim, function, features

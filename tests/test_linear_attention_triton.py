@@ -15,6 +15,7 @@ from linear_attention_cases import (
     true_sums,
 )
 from linear_attention_triton_cases import (
+    DEVICE,
     in_double,
     on_device,
     plain_computations,
@@ -169,9 +170,11 @@ def test_strides_and_views(causal):
         copied = triton_attention(
             *(t.contiguous() for t in inputs), feature_map, causal=causal, mask=mask.contiguous()
         )
-        assert torch.equal(viewed[0], copied[0]), name
-        assert all(torch.equal(a, b) for a, b in zip(viewed[1], copied[1], strict=True)), name
-    assert_output_and_state(viewed, inputs, feature_map, causal, mask)
+        for view, copy in zip((viewed[0], *viewed[1]), (copied[0], *copied[1]), strict=True):
+            # A GPU adds up in an order that depends on how the tiles lie in memory.
+            tolerance = 0 if DEVICE == "cpu" else 1e-5
+            torch.testing.assert_close(view, copy, rtol=tolerance, atol=tolerance, msg=lambda m, n=name: f"{n}: {m}")
+        assert_output_and_state(viewed, inputs, feature_map, causal, mask)
 
 
 @pytest.mark.parametrize("name", ["softmax", "relu"])
@@ -268,9 +271,10 @@ def test_extreme_inputs(norm, causal):
 @pytest.mark.parametrize("backend", ["eager", "triton"])
 @pytest.mark.parametrize("length", [1, 5])
 def test_state_updated_in_place(backend, length):
-    inputs = make_inputs("softmax", length, heads=2)
+    inputs = on_device(tuple(make_inputs("softmax", length, heads=2)))
     feature_map = make_map("softmax", 8)
-    state = earlier_state("softmax", feature_map, batch=2, heads=2)
+    state = on_device(earlier_state("softmax", feature_map, batch=2, heads=2))
+    feature_map = on_device(feature_map)
     options = {"causal": True, "backend": backend}
     fresh, new_state = linear_attention(*inputs, feature_map, state=state, **options)
     parts = list(state)

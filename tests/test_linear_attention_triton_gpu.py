@@ -24,16 +24,28 @@ def triton_attention(*arguments, **options):
 @causal_or_not
 def test_shipped_configurations(dtype, head_dim, features, causal, nan_poisoned):
     """Output and every gradient, each row of the launch tables, ragged tails, against float64."""
+    assert_output_and_gradients(dtype, head_dim, features, causal, (2, 3, 333))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("head_dim, features", [(64, 256), (128, None)])
+@causal_or_not
+def test_a_walk_shared_by_several_programs(dtype, head_dim, features, causal, nan_poisoned):
+    """A sequence so long, and heads so few, that the walk along it is cut into segments."""
+    assert_output_and_gradients(dtype, head_dim, features, causal, (1, 2, 3001))
+
+
+def assert_output_and_gradients(dtype, head_dim, features, causal, sizes):
+    """Within the budget of plain computations; `sizes` are those of batch, heads and length."""
     torch.set_default_device("cuda")
     try:
         name = "identity-of-inputs" if features is None else "softmax"
-        length = 333
-        query, key, value = (torch.randn(2, 3, length, head_dim) for _ in range(3))
+        query, key, value = (torch.randn(*sizes, head_dim) for _ in range(3))
         if features is None:
             query, key = query.abs() + 0.1, key.abs() + 0.1
         inputs = [t.to(dtype) for t in (query, key, value)]
         feature_map = make_map(name, head_dim, features=features)
-        state = LinearAttentionState.empty(2, 3, feature_map.num_features(head_dim), head_dim, device="cuda")
+        state = LinearAttentionState.empty(*sizes[:2], feature_map.num_features(head_dim), head_dim, device="cuda")
         weights = [torch.randn_like(inputs[2]), *(0 * part for part in state[:2])]
         exact = (*doubled(*inputs, feature_map), LinearAttentionState(*doubled(*state)))
 

@@ -16,6 +16,8 @@ from linear_attention_cases import (
     reference,
 )
 from linear_attention_triton_cases import (
+    DEVICE,
+    on_device,
     plain_computations,
     tensor_core_products,  # noqa: F401
     triton_attention,
@@ -185,12 +187,12 @@ def test_gradients_flow_through_a_state_to_earlier_calls():
 
 
 def operator_arguments(causal, requires_grad, cu_seqlens=None):
-    query, key, value, feature_map, state, _ = make_case("optimal-positive", 18, causal=causal)
+    query, key, value, feature_map, state = on_device(make_case("optimal-positive", 18, causal=causal)[:5])
     tensors = (query, key, value, state.key_value, state.key_sum, feature_map.projection, feature_map.bias)
     for tensor in tensors:
         tensor.requires_grad_(requires_grad)
     function, projection, bias, *options = feature_map
-    mask = random_mask(1, key.shape[2])
+    mask = on_device(random_mask(1, key.shape[2]))
     return (query, key, value, *state, mask, projection, bias, cu_seqlens, function, *options, causal)
 
 
@@ -222,9 +224,9 @@ def test_operator_of_decoding():
 @pytest.mark.parametrize("length", [1, 18])
 def test_compiles_to_one_graph_and_ignores_autocast(length):
     torch.compiler.reset()
-    feature_map = make_map("softmax", 8)
-    inputs = [t.requires_grad_(length > 1) for t in make_inputs("softmax", length, **SMALL)]
-    state = make_case("softmax", 1)[4]
+    feature_map = on_device(make_map("softmax", 8))
+    inputs = [on_device(t).requires_grad_(length > 1) for t in make_inputs("softmax", length, **SMALL)]
+    state = on_device(make_case("softmax", 1)[4])
 
     def attend(query, key, value, in_place=False):
         return linear_attention(
@@ -232,7 +234,7 @@ def test_compiles_to_one_graph_and_ignores_autocast(length):
         )
 
     expected = attend(*inputs)
-    with torch.autocast("cpu", dtype=torch.bfloat16):
+    with torch.autocast(DEVICE, dtype=torch.bfloat16):
         results = [torch.compile(attend, fullgraph=True)(*inputs), attend(*inputs)]
     for output, new_state in results:
         assert torch.equal(output, expected.output)

@@ -14,7 +14,8 @@ class Chunks(NamedTuple):
     `sequences` of `per_sequence` chunks each; packed sequences have chunks of their own number, which stay on the
     device: `table` `[total, 3]` holds the sequence, the first row and the end of the rows of each chunk, `first`
     `[sequences + 1]` the number of each sequence's first chunk, `borders` the rows where sequences begin. `total` is
-    then a bound; the surplus chunks have no rows.
+    then a bound; the surplus chunks have no rows. Each sequence is walked along in `segments` of `per_segment` chunks,
+    the last of which may have fewer.
     """
 
     size: int
@@ -25,6 +26,8 @@ class Chunks(NamedTuple):
     table: Tensor | None = None
     first: Tensor | None = None
     borders: Tensor | None = None
+    segments: int = 1
+    per_segment: int = 2**31 - 1
 
     @classmethod
     def of(cls, batch: int, length: int, size: int, cu_seqlens: Tensor | None) -> "Chunks":
@@ -44,6 +47,11 @@ class Chunks(NamedTuple):
         table = torch.stack([sequence, start, end], dim=1).contiguous()
         return cls(size, length, sequences, per_sequence, total, table, first, borders)
 
+    def cut(self, segments: int) -> "Chunks":
+        """The same in at most so many segments, none of them empty."""
+        per_segment = -(-self.per_sequence // segments)
+        return self._replace(segments=-(-self.per_sequence // per_segment), per_segment=per_segment)
+
     def of_each(self) -> dict[str, Any]:
         """Arguments of a kernel with one program for each chunk."""
         table = self.borders if self.table is None else self.table
@@ -56,12 +64,14 @@ class Chunks(NamedTuple):
         }
 
     def of_sequences(self) -> dict[str, Any]:
-        """Arguments of a kernel whose programs walk along a whole sequence."""
+        """Arguments of a kernel whose programs walk along a sequence, or along a segment of one."""
         return {
             "p_first": self.first,
             "p_borders": self.borders,
             "length": self.length,
             "chunks": self.per_sequence,
+            "segments": self.segments,
+            "per_segment": self.per_segment,
             "CHUNK": self.size,
             "PACKED": self.table is not None,
         }

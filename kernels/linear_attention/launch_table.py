@@ -26,6 +26,9 @@ CHUNKS = {
     "interpreter": {(16, ANY): 16, (32, ANY): 16},
 }
 
+# The fewest chunks that are worth a program of their own where a walk along the chunks is shared.
+SEGMENT_CHUNKS = {"sm_80": 8, "sm_90": 8, "gfx942": 8, "interpreter": 1}
+
 _INTERPRETER = {(16, ANY): _tiles(4, 1, 16, 16, 16), (32, ANY): _tiles(4, 1, 16, 16, 16)}
 
 NORMALIZERS = {
@@ -98,7 +101,9 @@ STATE_GRADIENTS = {
     "interpreter": _INTERPRETER,
 }
 
-VALUE_GRADIENTS = OUTPUTS | {"sm_90": OUTPUTS["sm_90"] | {(16, 64): _tiles(4, 2, 64, 64, 64)}}
+VALUE_GRADIENTS = OUTPUTS | {
+    "sm_90": OUTPUTS["sm_90"] | {(16, 64): _tiles(4, 2, 64, 64, 64), (16, 128): _tiles(4, 3, 64, 32, 128)}
+}
 
 FEATURE_GRADIENTS = {
     "sm_80": {

@@ -32,20 +32,26 @@ def locate_chunk(i_chunk, p_table, length, chunks, CHUNK: tl.constexpr, PACKED: 
 
 
 @triton.jit
-def locate_sequence(i_sequence, p_first, p_borders, length, chunks, PACKED: tl.constexpr):
-    """The batch row, the first chunk, the number of chunks, the first row and the end of the rows of a sequence."""
+def locate_segment(
+    i_segment, p_first, p_borders, length, chunks, segments, per_segment, CHUNK: tl.constexpr, PACKED: tl.constexpr,
+):  # fmt: skip
+    """The batch row, the first chunk, the number of chunks, the first row and the end of the rows of a segment.
+
+    Packed sequences are one segment each.
+    """
     if PACKED:
-        i_first = tl.load(p_first + i_sequence)
-        num_chunks = (tl.load(p_first + i_sequence + 1) - i_first).to(tl.int32)
-        o_start = tl.load(p_borders + i_sequence)
-        o_end = tl.load(p_borders + i_sequence + 1)
+        i_first = tl.load(p_first + i_segment)
+        num_chunks = (tl.load(p_first + i_segment + 1) - i_first).to(tl.int32)
+        o_start = tl.load(p_borders + i_segment)
+        o_end = tl.load(p_borders + i_segment + 1)
         i_batch = i_first * 0
     else:
-        i_batch = i_sequence.to(tl.int64)
-        i_first = i_batch * chunks
-        num_chunks = chunks
-        o_start = i_batch * 0
-        o_end = o_start + length
+        i_batch = (i_segment // segments).to(tl.int64)
+        i_before = (i_segment % segments) * per_segment
+        i_first = i_batch * chunks + i_before
+        num_chunks = tl.minimum(per_segment, chunks - i_before)
+        o_start = i_before.to(tl.int64) * CHUNK
+        o_end = o_start * 0 + length
     return i_batch, i_first, num_chunks, o_start, o_end
 
 

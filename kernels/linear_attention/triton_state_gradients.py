@@ -22,10 +22,11 @@ from .triton_features import (
     load_scales,
     load_tile,
     locate_chunk,
-    locate_sequence,
+    locate_segment,
     to_operand,
     weigh,
 )
+from .triton_segments import carry, in_segments, scales_behind
 from .triton_states import TRITON_DTYPES
 
 
@@ -74,17 +75,17 @@ def row_products(gradient: Tensor, output: Tensor) -> Tensor:
     return products
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "per_segment"])
 def _state_gradients(
     p_query, p_gradient, p_products, p_denominators, p_running, p_normalizers, p_maxima, p_start_scale, p_end_scale,
     p_end_state, p_end_sum, p_states, p_sums, p_start_state, p_start_sum,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_column,
     stride_gradient_batch, stride_gradient_head, stride_gradient_row, stride_gradient_column,
-    p_high, p_low, p_bias, p_first, p_borders, length, chunks, heads, num_features, num_values, scale, epsilon,
-    CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    BLOCK_VALUES: tl.constexpr, CAUSAL: tl.constexpr, PACKED: tl.constexpr, FUNCTION: tl.constexpr,
-    HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    p_high, p_low, p_bias, p_first, p_borders, length, chunks, segments, per_segment, heads, num_features, num_values,
+    scale, epsilon, CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+    BLOCK_VALUES: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
+    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     value_tiles = tl.cdiv(num_values, BLOCK_VALUES)
@@ -92,9 +93,9 @@ def _state_gradients(
     i_value = i_program % value_tiles
     i_feature = (i_program // value_tiles) % feature_tiles
     i_head = (i_program // value_tiles // feature_tiles) % heads
-    i_sequence = i_program // value_tiles // feature_tiles // heads
-    i_batch, i_first, num_chunks, o_start, o_end = locate_sequence(
-        i_sequence, p_first, p_borders, length, chunks, PACKED
+    i_segment = i_program // value_tiles // feature_tiles // heads
+    i_batch, i_first, num_chunks, o_start, o_end = locate_segment(
+        i_segment, p_first, p_borders, length, chunks, segments, per_segment, CHUNK, PACKED
     )
     o_feature = i_feature * BLOCK_FEATURES
     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
@@ -103,7 +104,7 @@ def _state_gradients(
     m_values = o_values < num_values
     o_state = o_features[:, None] * num_values + o_values[None, :]  # [BLOCK_FEATURES, BLOCK_VALUES]
     m_state = m_features[:, None] & m_values[None, :]
-    i_end = i_sequence.to(tl.int64) * heads + i_head
+    i_end = i_segment.to(tl.int64) * heads + i_head
     state_size = tl.cast(num_features, tl.int64) * num_values
     p_query += i_batch * stride_query_batch + i_head.to(tl.int64) * stride_query_head
     p_gradient += i_batch * stride_gradient_batch + i_head.to(tl.int64) * stride_gradient_head
@@ -119,9 +120,11 @@ def _state_gradients(
         b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
         if CAUSAL:
             i_state = (i_first + i_chunk) * heads + i_head
-            tl.store(p_states + i_state * state_size + o_state, to_operand(b_state, OPERAND, PRECISION), mask=m_state)
-            if i_value == 0:
-                tl.store(p_sums + i_state * num_features + o_features, b_sum, mask=m_features)
+            if KEEP:
+                b_operand = to_operand(b_state, OPERAND, PRECISION)
+                tl.store(p_states + i_state * state_size + o_state, b_operand, mask=m_state)
+                if i_value == 0:
+                    tl.store(p_sums + i_state * num_features + o_features, b_sum, mask=m_features)
             start = tl.load(p_maxima + i_state)
             b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
             b_ratios *= tl.exp(start - b_running)
@@ -143,7 +146,7 @@ def _state_gradients(
         b_state += tl.dot(to_operand(b_query, OPERAND, PRECISION), b_gradient, input_precision=PRECISION)
         b_sum -= tl.sum(b_query * b_products[None, :], axis=1)
 
-    if not CAUSAL:
+    if KEEP and not CAUSAL:
         tl.store(p_states + i_end * state_size + o_state, to_operand(b_state, OPERAND, PRECISION), mask=m_state)
         if i_value == 0:
             tl.store(p_sums + i_end * num_features + o_features, b_sum, mask=m_features)
@@ -173,17 +176,40 @@ def state_gradients(
     """
     heads, num_features, num_values = of_end[0].shape[1:]
     config = choose_config(STATE_GRADIENTS, query.element_size() * 8, query.shape[-1])
+    blocks = config.blocks
+    tiles = triton.cdiv(num_features, blocks["BLOCK_FEATURES"]) * triton.cdiv(num_values, blocks["BLOCK_VALUES"])
+    of_end = tuple(t.contiguous() for t in of_end)
+    chunks = in_segments(chunks, heads * tiles, query, walks=2 if causal else 1)
+    common = query, gradient, tensors, rows, maxima, config, tiles, causal
+    if chunks.segments == 1:
+        return _walk(of_end, scales, chunks, *common)
+    if causal:
+        decays, behind = scales_behind(maxima, scales[1], chunks)
+    else:  # one scale for all queries: that of the final state
+        decays = torch.ones(chunks.sequences, chunks.segments, heads, device=query.device)
+        behind = scales[1].repeat_interleave(chunks.segments, dim=0)
+    nothing = [part.new_zeros(chunks.sequences * chunks.segments, *part.shape[1:]) for part in of_end]
+    _, own = _walk(nothing, (behind, behind), chunks, *common, keep=False)
+    weights = torch.ones_like(decays)
+    of_start = tuple(carry(*parts, decays, weights, reverse=True) for parts in zip(of_end, own, strict=True))
+    if not causal:  # everything is added up: what is left is to write it, and to take it to the start's scale
+        return _walk(of_start, scales, chunks._replace(per_sequence=0, segments=1), *common)
+    kept, _ = _walk(own, (behind, behind), chunks, *common)
+    return kept, of_start
+
+
+def _walk(of_end, scales, chunks, query, gradient, tensors, rows, maxima, config, tiles, causal, keep=True):
+    """One launch, from the gradients behind each segment to those before it; `keep` writes those after the chunks."""
+    end_state, end_sum = of_end
+    heads, num_features, num_values = end_state.shape[1:]
     operand = operand_dtype(query.dtype)
-    end_state, end_sum = (t.contiguous() for t in of_end)
     of_start = torch.empty_like(end_state), torch.empty_like(end_sum)
-    total = chunks.total if causal else chunks.sequences
+    total = (chunks.total if causal else chunks.sequences) if keep else 0
     kept = (
         end_state.new_empty(total, heads, num_features, num_values, dtype=operand),
         end_sum.new_empty(total, heads, num_features),
     )
-    blocks = config.blocks
-    tiles = triton.cdiv(num_features, blocks["BLOCK_FEATURES"]) * triton.cdiv(num_values, blocks["BLOCK_VALUES"])
-    grid = (chunks.sequences * heads * tiles,)
+    grid = (chunks.sequences * chunks.segments * heads * tiles,)
     if grid[0]:
         with device_guard(query):
             _state_gradients[grid](
@@ -203,6 +229,7 @@ def state_gradients(
                 num_values=num_values,
                 HEAD=query.shape[-1],
                 CAUSAL=causal,
+                KEEP=keep,
                 OPERAND=TRITON_DTYPES[operand],
                 PRECISION=precision(query.dtype),
                 **chunks.of_sequences(),

@@ -1,7 +1,8 @@
 """Linear attention on GPUs, first half of the forward pass: the scales of the keys and the states before each chunk.
 
 1. `_normalizers`: the logarithm of each row's sum of exponentials, and each key's scale `s_j` (exponential maps only).
-2. `_states`: one program for a head and a tile of the state walks along a sequence chunk by chunk. It carries the
+2. `_states`: one program for a head and a tile of the state walks along a sequence chunk by chunk, or along a segment
+   of it where several share the walk (`triton_segments.py`). It carries the
    sums `S = Σ φ(k) vᵀ` and `z = Σ φ(k)` relative to the running maximum `m` of the scales, `S ← exp(m - m') S +
    (φ(k) exp(s - m'))ᵀ v`, and writes what it has before each chunk (causal) or at the end alone.
 
@@ -24,9 +25,10 @@ from .triton_features import (
     load_logits,
     load_scales,
     load_tile,
-    locate_sequence,
+    locate_segment,
     to_operand,
 )
+from .triton_segments import carry_states, empty_segments, in_segments
 
 
 try:  # Outside of `try`, transformers would take it for a requirement of every checkpoint.
@@ -121,13 +123,13 @@ def normalizers(rows: Tensor, tensors: MapTensors, mask: Tensor | None, is_key: 
     return found, scales
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments", "per_segment"])
 def _states(
     p_key, p_value, p_mask, p_normalizers, p_scales, p_start_state, p_start_sum, p_start_scale, p_states, p_sums,
     p_maxima, p_end_state, p_end_sum, p_end_scale, stride_key_batch, stride_key_head, stride_key_row,
     stride_key_column, stride_value_batch, stride_value_head, stride_value_row, stride_value_column, stride_mask,
-    p_high, p_low, p_bias, p_first, p_borders, length, chunks, heads, num_features, num_values, scale, epsilon,
-    CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
+    p_high, p_low, p_bias, p_first, p_borders, length, chunks, segments, per_segment, heads, num_features, num_values,
+    scale, epsilon, CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, KEEP_STATES: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
     FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
     OPERAND: tl.constexpr, PRECISION: tl.constexpr,
@@ -138,9 +140,9 @@ def _states(
     i_value = i_program % value_tiles
     i_feature = (i_program // value_tiles) % feature_tiles
     i_head = (i_program // value_tiles // feature_tiles) % heads
-    i_sequence = i_program // value_tiles // feature_tiles // heads
-    i_batch, i_first, num_chunks, o_start, o_end = locate_sequence(
-        i_sequence, p_first, p_borders, length, chunks, PACKED
+    i_segment = i_program // value_tiles // feature_tiles // heads
+    i_batch, i_first, num_chunks, o_start, o_end = locate_segment(
+        i_segment, p_first, p_borders, length, chunks, segments, per_segment, CHUNK, PACKED
     )
     o_feature = i_feature * BLOCK_FEATURES
     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
@@ -149,7 +151,7 @@ def _states(
     m_values = o_values < num_values
     o_state = o_features[:, None] * num_values + o_values[None, :]  # [BLOCK_FEATURES, BLOCK_VALUES]
     m_state = m_features[:, None] & m_values[None, :]
-    i_end = i_sequence.to(tl.int64) * heads + i_head
+    i_end = i_segment.to(tl.int64) * heads + i_head
     state_size = tl.cast(num_features, tl.int64) * num_values
     p_key += i_batch * stride_key_batch + i_head.to(tl.int64) * stride_key_head
     p_value += i_batch * stride_value_batch + i_head.to(tl.int64) * stride_value_head
@@ -210,7 +212,23 @@ def states(
     """
     heads, num_features, num_values = state.key_value.shape[1:]
     config = choose_config(STATES, key.element_size() * 8, key.shape[-1])
+    blocks = config.blocks
+    tiles = triton.cdiv(num_features, blocks["BLOCK_FEATURES"]) * triton.cdiv(num_values, blocks["BLOCK_VALUES"])
     start = LinearAttentionState(*(t.contiguous() for t in state))
+    chunks = in_segments(chunks, heads * tiles, key, walks=2 if keep_states else 1)
+    common = key, value, tensors, mask, chunks, found, config, tiles
+    if chunks.segments == 1:
+        return _walk(start, *common, keep_states)
+    own, kept = _walk(empty_segments(start, chunks), *common, keep_states=False)
+    start, end = carry_states(start, own, chunks)
+    if keep_states:
+        _, kept = _walk(start, *common, keep_states)
+    return end, kept
+
+
+def _walk(start, key, value, tensors, mask, chunks, found, config, tiles, keep_states):
+    """One launch: the state after each segment that starts with one of `start`, and the states before the chunks."""
+    heads, num_features, num_values = start.key_value.shape[1:]
     end = LinearAttentionState(*(torch.empty_like(t) for t in start))
     operand = operand_dtype(key.dtype)
     total = chunks.total if keep_states else 0
@@ -219,9 +237,7 @@ def states(
         start.key_sum.new_empty(total, heads, num_features),
         start.log_scale.new_empty(total, heads),
     )
-    blocks = config.blocks
-    tiles = triton.cdiv(num_features, blocks["BLOCK_FEATURES"]) * triton.cdiv(num_values, blocks["BLOCK_VALUES"])
-    grid = (chunks.sequences * heads * tiles,)
+    grid = (chunks.sequences * chunks.segments * heads * tiles,)
     if grid[0]:
         with device_guard(key):
             _states[grid](

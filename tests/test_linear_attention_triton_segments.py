@@ -1,0 +1,95 @@
+"""linear_attention's kernels where several programs share the walk along one sequence.
+
+Runs under Triton's interpreter where there is no GPU. Run: pytest tests/test_linear_attention_triton_segments.py
+"""
+
+import pytest
+import torch
+from linear_attention_cases import random_mask
+from linear_attention_triton_cases import DEVICE, on_device, triton_attention
+from test_linear_attention_triton import assert_output_and_state
+from test_linear_attention_triton_gradients import assert_gradients, make_case
+
+from hf_efficient.kernels.linear_attention import triton_segments
+from hf_efficient.kernels.linear_attention.launch_plan import Chunks
+
+
+pytest.importorskip("triton")
+# Chunks for several segments, and a ragged tail.
+LENGTH = 16 * 5 + 3 if DEVICE == "cpu" else 32 * 26 + 3
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """The segments of each launch that carries sums from one to the next; the interpreter has room for some."""
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_segments, "multiprocessor_count", lambda tensor: 16)
+    seen, carry = [], triton_segments._carry
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                seen.append(arguments[5])
+                return carry[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(triton_segments, "_carry", Spy())
+    return seen
+
+
+@pytest.mark.parametrize("name, causal", [("softmax", True), ("relu", False)], ids=["causal", "bidirectional"])
+def test_output_state_and_gradients(name, causal, launches, nan_poisoned):
+    """A mask, an earlier state, gradients of the output and of the final sums."""
+    case = make_case(name, LENGTH, causal=causal)
+    query, key, value, feature_map, state, _ = case
+    mask = random_mask(1, key.shape[2])
+    actual = triton_attention(query, key, value, feature_map, causal=causal, mask=mask, state=state)
+    assert launches and min(launches) >= 3
+    assert_output_and_state(actual, (query, key, value), feature_map, causal, mask, state)
+    del launches[:]
+    assert_gradients(case, causal=causal, mask=mask)
+    assert len(launches) >= 4 and min(launches) >= 3  # forwards and backwards
+
+
+def test_causal_means_causal_to_the_bit(launches):
+    """Across a segment's border, with keys so large that they would take over a maximum."""
+    query, key, value, feature_map, *_ = make_case("softmax", LENGTH)
+    expected, _ = triton_attention(query, key, value, feature_map, causal=True)
+    assert launches
+    for token in (LENGTH // 2, LENGTH - 5):
+        later = [t.clone() for t in (query, key, value)]
+        for tensor in later:
+            tensor[:, :, token:] = 1e15 * torch.randn_like(tensor[:, :, token:])
+        actual, _ = triton_attention(*later, feature_map, causal=True)
+        assert torch.equal(actual[:, :, :token], expected[:, :, :token]), f"token {token}"
+
+
+def test_segments_of_masked_keys_alone(launches):
+    """Nothing stands in them, so that the scale before them is carried past them."""
+    case = make_case("softmax", LENGTH)
+    mask = torch.ones(1, LENGTH, dtype=torch.bool)
+    mask[:, LENGTH // 4 :] = False
+    for kept in (mask, torch.zeros_like(mask)):
+        actual = triton_attention(*case[:4], causal=True, mask=kept, state=case[4])
+        assert_output_and_state(actual, case[:3], case[3], True, kept, case[4])
+    assert launches
+
+
+def test_when_the_walk_is_shared(launches):
+    some = on_device(torch.zeros(1))
+    chunks = Chunks.of(batch=1, length=LENGTH, size=16, cu_seqlens=None)
+    cut = triton_segments.in_segments(chunks, 1, some, walks=2)
+    assert cut.segments >= 3 and cut.segments * cut.per_segment >= chunks.per_sequence
+    assert (cut.segments - 1) * cut.per_segment < chunks.per_sequence
+    assert triton_segments.in_segments(chunks, 10_000, some, walks=1) is chunks  # enough programs without
+    short = Chunks.of(batch=1, length=17, size=16, cu_seqlens=None)
+    assert triton_segments.in_segments(short, 1, some, walks=2) is short
+    packed = Chunks.of(1, LENGTH, 16, on_device(torch.tensor([0, 5, LENGTH])))
+    assert triton_segments.in_segments(packed, 1, some, walks=1) is packed
+
+
+def test_several_rows_and_heads(launches, nan_poisoned):
+    """What one head carries never goes to another, nor to another row of the batch."""
+    assert_gradients(make_case("relu", LENGTH, batch=2, heads=2), causal=True)
+    assert launches
