@@ -208,11 +208,46 @@ def _shortlist_kernel(
 
 
 @triton.jit
+def _count_splits(
+    p_values, p_mask, p_count, p_first, p_ties_before, n_logits, n_split, n_chunk, last, ties, wanting,
+    HAS_MASK: tl.constexpr, BLOCK: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr,
+):  # fmt: skip
+    """Writes how many are selected, and how many equal to `last` are, before each of the at most MOST splits."""
+    for i_first in range(0, n_split, BLOCK // WIDTH):
+        b_larger = tl.zeros([BLOCK // WIDTH], tl.int32)
+        b_equal = tl.zeros([BLOCK // WIDTH], tl.int32)
+        for start in range(0, _longest(p_count, i_first, n_split, n_chunk, True, BLOCK, WIDTH), WIDTH):
+            b_value, m_value = _load_segments(
+                p_values, p_mask, p_count, i_first, start, n_split, n_chunk, 1, HAS_MASK, True, BLOCK, WIDTH
+            )
+            m_equal = (b_value == last) & m_value
+            b_larger += tl.sum(tl.reshape((b_value > last).to(tl.int32), [BLOCK // WIDTH, WIDTH]), axis=1)
+            b_equal += tl.sum(tl.reshape(m_equal.to(tl.int32), [BLOCK // WIDTH, WIDTH]), axis=1)
+        i_segment = i_first + tl.arange(0, BLOCK // WIDTH)
+        tl.store(p_first + i_segment, b_larger.to(tl.int64), mask=i_segment < n_split)
+        tl.store(p_ties_before + i_segment, b_equal.to(tl.int64), mask=i_segment < n_split)
+    tl.debug_barrier()  # what other threads of this program wrote is read below
+    i_split = tl.arange(0, MOST).to(tl.int64)
+    m_split = i_split < n_split
+    b_larger = tl.load(p_first + i_split, mask=m_split, other=0)  # [MOST]
+    b_equal = tl.load(p_ties_before + i_split, mask=m_split, other=0)
+    # The list holds no −inf: where that is what ties, it is what the list leaves out.
+    b_listed = tl.load(p_count + i_split, mask=m_split, other=0)
+    b_unlisted = tl.maximum(tl.minimum(n_logits - i_split * n_chunk, n_chunk), 0) - b_listed
+    b_equal += tl.where(wanting & m_split, b_unlisted, 0)
+    b_ties_before = tl.cumsum(b_equal, 0) - b_equal
+    b_selected = b_larger + tl.minimum(b_equal, tl.maximum(ties - b_ties_before, 0))
+    tl.debug_barrier()  # every thread has read what is written over
+    tl.store(p_first + i_split, tl.cumsum(b_selected, 0) - b_selected, mask=m_split)
+    tl.store(p_ties_before + i_split, b_ties_before, mask=m_split)
+
+
+@triton.jit
 def _solve_kernel(
     p_values, p_mask, p_k, p_bound, p_count, p_rest, p_pivot, p_offset, p_last, p_ties, p_first, p_ties_before,
     n_rows, n_logits, n_split, n_chunk, num_selected, inv_eps,
     HAS_MASK: tl.constexpr, FILTERED: tl.constexpr, SELECT: tl.constexpr, SOLVE: tl.constexpr,
-    BLOCK: tl.constexpr, WIDTH: tl.constexpr,
+    BLOCK: tl.constexpr, WIDTH: tl.constexpr, MOST: tl.constexpr,
 ):  # fmt: skip
     """One program a row: pivot and offset of the equation, and what `Selection` says."""
     i_row = tl.program_id(0).to(tl.int64)
@@ -254,28 +289,10 @@ def _solve_kernel(
         tl.store(p_last + i_row, last)
         tl.store(p_ties + i_row, ties)
         if FILTERED:
-            selected = n_finite * 0
-            tied = n_finite * 0
-            left = n_finite * 0 + n_logits
-            p_segment = p_values
-            for i_split in range(n_split):
-                n_here = tl.load(p_count + i_split)
-                b_larger = tl.zeros([BLOCK], tl.int32)
-                b_equal = tl.zeros([BLOCK], tl.int32)
-                for start in range(0, n_here, BLOCK):
-                    o_block = start + tl.arange(0, BLOCK)  # [BLOCK]
-                    m_block = o_block < n_here
-                    b_value = tl.load(p_segment + o_block, mask=m_block, other=float("-inf")).to(tl.float32)
-                    b_larger += (b_value > last).to(tl.int32)
-                    b_equal += ((b_value == last) & m_block).to(tl.int32)
-                # The list holds no −inf: where that is what ties, it is what the list leaves out.
-                n_equal = tl.sum(b_equal, axis=0) + tl.where(wanting, tl.minimum(left, n_chunk) - n_here, 0)
-                tl.store(p_first + i_row * n_split + i_split, selected)
-                tl.store(p_ties_before + i_row * n_split + i_split, tied)
-                selected += tl.sum(b_larger, axis=0) + tl.minimum(n_equal, tl.maximum(ties - tied, 0))
-                tied += n_equal
-                left -= n_chunk
-                p_segment += n_chunk
+            _count_splits(
+                p_values, p_mask, p_count, p_first + i_row * n_split, p_ties_before + i_row * n_split, n_logits,
+                n_split, n_chunk, last, ties, wanting, HAS_MASK, BLOCK, WIDTH, MOST,
+            )  # fmt: skip
 
     if SOLVE:
         rank = tl.maximum(tl.minimum(tl.ceil(k).to(tl.int64), n_finite), 1)
@@ -355,6 +372,7 @@ def solve(
         _solve_kernel[(rows,)](
             values, values_mask, k, bound, count, rest, pivot, offset, last, ties, first, ties_before,
             rows, columns, *splits, num_selected, inv_eps,
-            **flags, FILTERED=filtered, SELECT=num_selected > 0, SOLVE=eps is not None, **config.keywords(),
+            **flags, FILTERED=filtered, SELECT=num_selected > 0, SOLVE=eps is not None,
+            MOST=triton.next_power_of_2(MOST_SPLITS[gpu_architecture()]), **config.keywords(),
         )  # fmt: skip
     return pivot, offset, Selection(last, ties, *((first, ties_before) if filtered else (None, None)))
