@@ -73,7 +73,9 @@ def soft_topk(
     backend = resolve_backend(backend, logits, unsupported_reason=_unsupported(logits))
     leading, columns = logits.shape[:-1], logits.shape[-1]
     rows = math.prod(leading)
-    flat = logits.reshape(rows, columns)
+    # The compiler needs the view: without it, it loses sight of a transform of `torch.func` inside of its graph.
+    is_flat = logits.ndim == 2 and not torch.compiler.is_compiling()
+    flat = logits if is_flat else logits.reshape(rows, columns)
     flat_mask = None if mask is None else mask.reshape(rows, columns)
     dtype = torch.promote_types(logits.dtype, torch.float32)
     if isinstance(k, torch.Tensor):
@@ -84,7 +86,7 @@ def soft_topk(
     if method == "exact":
         scores, indices, pivot, offset = soft_topk_exact(flat, k, flat_mask, float(eps), num_selected, backend)
         # A pivot at either end of the range stands for "all" and "none".
-        threshold = torch.where(pivot.abs() < torch.finfo(dtype).max, pivot + eps * offset, pivot * torch.inf)
+        threshold = torch.add(pivot, offset, alpha=eps) / (pivot.abs() < torch.finfo(dtype).max)
     else:
         temperatures = _temperatures(n_iters, eps, eps_init, eps_decay)
         scores, indices, duals = soft_topk_descent(flat, k, flat_mask, temperatures, num_selected, backend)
@@ -94,6 +96,8 @@ def soft_topk(
         if flat_mask is not None:
             chosen = chosen.masked_fill(~flat_mask.gather(-1, indices), -torch.inf)
         indices = indices.gather(-1, chosen.sort(dim=-1, descending=True, stable=True).indices)
+    if is_flat:
+        return SoftTopkOutput(scores, indices, threshold)
     return SoftTopkOutput(scores.view(logits.shape), indices.view(*leading, num_selected), threshold.view(leading))
 
 

@@ -213,23 +213,29 @@ class _TransformedDescentBackward(torch.autograd.Function):
 
 
 class _ExactFunction(torch.autograd.Function):
-    """The operator's two passes without an operator around them."""
+    """The operator's two passes without an operator around them.
+
+    The scores are its only output, as all that has a gradient: autograd would spend time on each of the others, which
+    go into the list `others`.
+    """
 
     @staticmethod
-    def forward(ctx, *inputs):
-        output = _exact(*inputs)
-        _setup_exact(ctx, inputs, output)
-        return output
+    def forward(ctx, others, logits, k, mask, eps, num_selected, backend):
+        scores, *rest = _exact(logits, k, mask, eps, num_selected, backend)
+        others += rest
+        ctx.save_for_backward(logits, mask, *rest[1:])
+        ctx.eps, ctx.backend = eps, backend
+        return scores
 
     @staticmethod
-    def backward(ctx, grad, *_):
+    def backward(ctx, grad):
         if torch.is_grad_enabled():  # to be differentiated again, which the operator refuses
-            return _backward_of_exact(ctx, grad)
+            return None, *_backward_of_exact(ctx, grad)
         logits, *saved = ctx.saved_tensors
         backward = exact_backward_triton if ctx.backend == "triton" else exact_backward
         with _no_autocast(logits):
             grad_logits, grad_k = backward(grad, logits, *saved, ctx.eps)
-        return grad_logits.to(logits.dtype), grad_k, None, None, None, None
+        return None, grad_logits.to(logits.dtype), grad_k, None, None, None, None
 
 
 def soft_topk_exact(
@@ -243,7 +249,8 @@ def soft_topk_exact(
         return soft_topk_exact_operator(*inputs)
     if not torch.is_grad_enabled():
         return _exact(*inputs)
-    return _ExactFunction.apply(*inputs)
+    others = []
+    return _ExactFunction.apply(others, *inputs), *others
 
 
 def soft_topk_descent(

@@ -15,7 +15,7 @@ Both gradients are implicit: nothing but logits and scalars is kept for them.
 import numpy as np
 import torch
 
-from .selection import in_blocks, select_by_position, split_largest
+from .selection import exp_, in_blocks, select_by_position, split_largest
 
 
 LARGEST_EXPONENT = 600.0  # a sum of so many powers of e as there can be entries is finite in double precision
@@ -34,32 +34,31 @@ def exact_forward(
     if rows == 0:
         empty = values.new_empty(0)
         return torch.empty_like(logits), select_by_position(values, num_selected), empty, empty.clone()
-    k = np.minimum(k.detach().cpu().numpy().astype(np.float64), columns)
+    k = np.minimum(k.numpy(force=True), columns, dtype=np.float64)
     # One more than saturate, to see whether there is anything besides them.
     needed = min(max(int(k.max()) + 1, num_selected, 1), columns)
     top, others = split_largest(values, needed)
     pivots, trivial = _pivots(top, k, columns)
     pivot = torch.from_numpy(pivots).to(values.device)
 
-    rest = torch.zeros_like(pivot, dtype=torch.float64)
+    rest = np.zeros(pivots.shape)
     for block, p, total in in_blocks(others, pivot, rest):
-        total += block.sub_(p).mul_(1 / eps).exp_().sum(-1, keepdim=True)
-    offset = torch.from_numpy(_offsets(top, k, pivots, trivial, rest.cpu().numpy(), eps)).to(pivot)
+        total += exp_(block.sub_(p).mul_(1 / eps)).sum(-1, keepdim=True).numpy(force=True)
+    offset = torch.from_numpy(_offsets(top, k, pivots, trivial, rest, eps)).to(values.device)
 
     scores = torch.empty_like(values)
     for block, p, shift, out in in_blocks(values, pivot, offset.neg(), scores):
-        torch.add(shift, torch.sub(block, p, out=out), alpha=1 / eps, out=out).clamp_(max=0).exp_()
+        exp_(torch.add(shift, torch.sub(block, p, out=out), alpha=1 / eps, out=out).clamp_(max=0))
     indices = select_by_position(values, num_selected, top[:, needed - num_selected :][:, :1])
     return scores.to(logits.dtype), indices, pivot.view(rows), offset.view(rows)
 
 
 def _pivots(top: np.ndarray, k: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
     """Of the largest logits `[R, n]`, ascending, the pivots `[R, 1]`, and flags `[R]` where all or none score."""
-    rows, needed = np.arange(top.shape[0]), top.shape[1]
-    whole = k.astype(np.int64)
-    following = top[rows, np.minimum(needed - 1 - whole, needed - 1)]
+    rows, last = np.arange(top.shape[0]), top.shape[1] - 1
+    following = top[rows, np.minimum(last - k.astype(np.int64), last)]
     # The same one if there is a fraction, else the one before it.
-    pivots = top[rows, np.minimum(needed - whole - (k > whole), needed - 1)]
+    pivots = top[rows, np.minimum(last + 1 - np.ceil(k).astype(np.int64), last)]
     all_saturate, none_does = (k >= columns) | (following == -np.inf), k <= 0
     limit = np.finfo(top.dtype).max
     pivots[all_saturate] = -limit
@@ -70,20 +69,20 @@ def _pivots(top: np.ndarray, k: np.ndarray, columns: int) -> tuple[np.ndarray, n
 def _offsets(
     top: np.ndarray, k: np.ndarray, pivots: np.ndarray, trivial: np.ndarray, rest: np.ndarray, eps: float
 ) -> np.ndarray:
-    """λ `[R, 1]` in float64, of the largest logits `[R, n]`, ascending, and the sum over the others `[R, 1]`."""
+    """λ `[R, 1]`, of the largest logits `[R, n]`, ascending, and the sum over the others `[R, 1]`."""
     needed = top.shape[1]
     with np.errstate(all="ignore"):  # rows without a solution
         scaled = np.multiply(top - pivots, 1 / eps, dtype=np.float64)
         # Whatever is beyond this saturates: z is not so small.
         np.exp(np.minimum(scaled, LARGEST_EXPONENT, out=scaled), out=scaled)
-        z = np.cumsum(scaled, axis=-1)
+        z = np.add.accumulate(scaled, axis=-1)
         z += rest
         # With all entries above it saturated, the j-th largest has z_j here; `z_j e_j ≤ 1` holds from some j on.
         np.divide(k[:, None] - np.arange(needed - 1, -1, -1), z, out=z)
-        saturated = np.count_nonzero(scaled * z > 1, axis=-1)
+        saturated = (scaled * z > 1).sum(axis=-1)
         solution = z[np.arange(top.shape[0]), np.maximum(needed - 1 - saturated, 0)]
         solution[trivial] = 1
-        return -np.log(solution)[:, None]
+        return -np.log(solution)[:, None].astype(top.dtype)
 
 
 def exact_backward(
@@ -99,17 +98,17 @@ def exact_backward(
     With U the unsaturated entries, `∂L/∂k = Σ_U g y / Σ_U y` and `∂L/∂s_i = y_i (g_i - ∂L/∂k) / ε` for i in U.
     """
     values, grad = _masked_values(logits, mask), _masked_grad(grad, mask, pivot.dtype)
-    pivot, minus_offset, weights = pivot[:, None], offset.neg()[:, None], torch.empty_like(values)
-    total, dot = (torch.zeros_like(pivot, dtype=torch.float64) for _ in range(2))
+    pivot, minus_offset, weights = pivot.unsqueeze(-1), offset.neg().unsqueeze(-1), torch.empty_like(values)
+    total, dot = (_few(torch.zeros_like(pivot, dtype=torch.float64)) for _ in range(2))
     above_one = -1 - torch.finfo(values.dtype).eps
     for block, p, shift, g, y, y_sum, gy_sum in in_blocks(values, pivot, minus_offset, grad, weights, total, dot):
         torch.add(shift, torch.sub(block, p, out=y), alpha=1 / eps, out=y)
         # -y where y ≤ 1, and 0 above: three times as fast as a mask.
-        torch.threshold_(y.exp_().neg_(), above_one, 0)
-        y_sum += y.sum(-1, keepdim=True)
-        gy_sum += torch.linalg.vecdot(y, g).unsqueeze(-1)
+        torch.threshold_(exp_(y).neg_(), above_one, 0)
+        y_sum += _few(y.sum(-1, keepdim=True))
+        gy_sum += _few(torch.mul(y, g).sum(-1, keepdim=True))
     # Both are sums of -y: if they are zero, so is the mean.
-    mean = dot.div_(total.clamp_(max=-SMALLEST)).to(values.dtype)
+    mean = torch.as_tensor(dot / (total - SMALLEST)).to(values.dtype)
     for y, g, m in in_blocks(weights, grad, mean / eps):
         y.mul_(torch.sub(m, g, alpha=1 / eps))
     return weights, mean.view(-1)
@@ -196,6 +195,11 @@ def _split(dual: torch.Tensor, temperature: float, dtype: torch.dtype) -> tuple[
     """`(s + a) / ε = (s - pivot) / ε - offset`, without the rounding error of a."""
     pivot = (-dual).to(dtype)
     return pivot, ((-dual - pivot) / temperature).to(dtype)
+
+
+def _few(numbers: torch.Tensor) -> torch.Tensor | np.ndarray:
+    """The same numbers, for numpy where that needs no copy: an operator of numpy on few of them takes less time."""
+    return numbers.numpy() if numbers.device.type == "cpu" else numbers
 
 
 def _masked_values(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:
