@@ -3,11 +3,12 @@
 Run: pytest tests/test_soft_topk_gradients.py
 """
 
+import numpy
 import pytest
 import torch
 from soft_topk_cases import ALL_OPTIONS, assert_like_eager, descended, gradients, make_rows, name_of, reference
 
-from hf_efficient.kernels.soft_topk import soft_topk
+from hf_efficient.kernels.soft_topk import selection, soft_topk
 
 
 every_option = pytest.mark.parametrize("options", ALL_OPTIONS, ids=name_of)
@@ -68,3 +69,21 @@ def test_router_learns_at_every_width():
         output = soft_topk(logits, columns // 16)
         output.scores.square().sum().backward()
         assert (logits.grad != 0).float().mean() > 0.9
+
+
+@pytest.mark.parametrize("elements", [64, 32768], ids=["blocks", "whole"])
+def test_both_libraries_give_the_same(elements, monkeypatch):
+    """numpy's functions, which serve a processor of few threads, and torch's, which serve the rest."""
+    monkeypatch.setattr(selection, "CACHED_ELEMENTS", elements)
+    logits, weights = torch.randn(3, 200, dtype=torch.float64), torch.randn(200, 3, dtype=torch.float64).T
+    mask = torch.rand(3, 200) > 0.2
+    k = torch.tensor([7.5, 0.0, 300.0], dtype=torch.float64)
+    results = []
+    for many in (1, 10**6):
+        monkeypatch.setattr(selection, "MANY_THREADS", many)
+        assert selection.library_for(logits) is (torch if many == 1 else numpy)
+        leaves = logits.clone().requires_grad_(), k.clone().requires_grad_()
+        found = soft_topk(*leaves, eps=0.05, mask=mask, num_selected=9)
+        results.append([*found, *torch.autograd.grad(found.scores, leaves, weights)])
+    for actual, expected in zip(*results, strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-14)

@@ -6,8 +6,8 @@ scores are `min(1, z e_i)`, `z = exp(-λ)`, and their sum is concave and piecewi
 over the others, and `z_j = (k - j) / Σ_{i≥j} e_i` is the solution for the first j with `z_j e_j ≤ 1`. The pair (p, λ)
 says more than τ would: differences from p are exact, and λ is at most about the logarithm of the row's length.
 
-What concerns few numbers is done in numpy on the host: a short row is a matter of microseconds, and each operator of
-torch takes several of them.
+On a processor most of this is done in numpy: a short row is a matter of microseconds, and each operator of torch takes
+several of them.
 
 Both gradients are implicit: nothing but logits and scalars is kept for them.
 """
@@ -15,7 +15,7 @@ Both gradients are implicit: nothing but logits and scalars is kept for them.
 import numpy as np
 import torch
 
-from .selection import exp_, in_blocks, select_by_position, split_largest
+from .selection import in_blocks, in_library, library_for, on_host, select_by_position, split_largest
 
 
 LARGEST_EXPONENT = 600.0  # a sum of so many powers of e as there can be entries is finite in double precision
@@ -38,19 +38,26 @@ def exact_forward(
     # One more than saturate, to see whether there is anything besides them.
     needed = min(max(int(k.max()) + 1, num_selected, 1), columns)
     top, others = split_largest(values, needed)
-    pivots, trivial = _pivots(top, k, columns)
-    pivot = torch.from_numpy(pivots).to(values.device)
-
-    rest = np.zeros(pivots.shape)
-    for block, p, total in in_blocks(others, pivot, rest):
-        total += exp_(block.sub_(p).mul_(1 / eps)).sum(-1, keepdim=True).numpy(force=True)
-    offset = torch.from_numpy(_offsets(top, k, pivots, trivial, rest, eps)).to(values.device)
-
-    scores = torch.empty_like(values)
-    for block, p, shift, out in in_blocks(values, pivot, offset.neg(), scores):
-        exp_(torch.add(shift, torch.sub(block, p, out=out), alpha=1 / eps, out=out).clamp_(max=0))
+    # While the logits are in the processor's cache.
     indices = select_by_position(values, num_selected, top[:, needed - num_selected :][:, :1])
-    return scores.to(logits.dtype), indices, pivot.view(rows), offset.view(rows)
+    pivots, trivial = _pivots(top, k, columns)
+    xp = library_for(values)
+    values, others = in_library(xp, values.detach().contiguous(), others)
+    pivot = _like(values, pivots)
+    scores, rest = xp.empty_like(values), np.zeros(pivots.shape)
+    with np.errstate(all="ignore"):  # rows without a solution
+        for block, p, total in in_blocks(others, pivot, rest):
+            block -= p
+            block *= 1 / eps
+            total += on_host(xp.exp(block, out=block).sum(-1, keepdims=True))
+        offset = _like(values, _offsets(top, k, pivots, trivial, rest, eps))
+        for block, p, shift, out in in_blocks(values, pivot, offset, scores):
+            xp.subtract(block, p, out=out)
+            out *= 1 / eps
+            out -= shift
+            xp.exp(xp.clip(out, None, 0, out=out), out=out)
+    scores, pivot, offset = map(torch.as_tensor, (scores, pivot[:, 0], offset[:, 0]))
+    return scores.to(logits.dtype), indices, pivot, offset
 
 
 def _pivots(top: np.ndarray, k: np.ndarray, columns: int) -> tuple[np.ndarray, np.ndarray]:
@@ -71,18 +78,17 @@ def _offsets(
 ) -> np.ndarray:
     """λ `[R, 1]`, of the largest logits `[R, n]`, ascending, and the sum over the others `[R, 1]`."""
     needed = top.shape[1]
-    with np.errstate(all="ignore"):  # rows without a solution
-        scaled = np.multiply(top - pivots, 1 / eps, dtype=np.float64)
-        # Whatever is beyond this saturates: z is not so small.
-        np.exp(np.minimum(scaled, LARGEST_EXPONENT, out=scaled), out=scaled)
-        z = np.add.accumulate(scaled, axis=-1)
-        z += rest
-        # With all entries above it saturated, the j-th largest has z_j here; `z_j e_j ≤ 1` holds from some j on.
-        np.divide(k[:, None] - np.arange(needed - 1, -1, -1), z, out=z)
-        saturated = (scaled * z > 1).sum(axis=-1)
-        solution = z[np.arange(top.shape[0]), np.maximum(needed - 1 - saturated, 0)]
-        solution[trivial] = 1
-        return -np.log(solution)[:, None].astype(top.dtype)
+    scaled = np.multiply(top - pivots, 1 / eps, dtype=np.float64)
+    # Whatever is beyond this saturates: z is not so small.
+    np.exp(np.minimum(scaled, LARGEST_EXPONENT, out=scaled), out=scaled)
+    z = np.add.accumulate(scaled, axis=-1)
+    z += rest
+    # With all entries above it saturated, the j-th largest has z_j here; `z_j e_j ≤ 1` holds from some j on.
+    np.divide(k[:, None] - np.arange(needed - 1, -1, -1), z, out=z)
+    saturated = (scaled * z > 1).sum(axis=-1)
+    solution = z[np.arange(top.shape[0]), np.maximum(needed - 1 - saturated, 0)]
+    solution[trivial] = 1
+    return -np.log(solution)[:, None].astype(top.dtype)
 
 
 def exact_backward(
@@ -97,21 +103,33 @@ def exact_backward(
 
     With U the unsaturated entries, `∂L/∂k = Σ_U g y / Σ_U y` and `∂L/∂s_i = y_i (g_i - ∂L/∂k) / ε` for i in U.
     """
-    values, grad = _masked_values(logits, mask), _masked_grad(grad, mask, pivot.dtype)
-    pivot, minus_offset, weights = pivot.unsqueeze(-1), offset.neg().unsqueeze(-1), torch.empty_like(values)
-    total, dot = (_few(torch.zeros_like(pivot, dtype=torch.float64)) for _ in range(2))
-    above_one = -1 - torch.finfo(values.dtype).eps
-    for block, p, shift, g, y, y_sum, gy_sum in in_blocks(values, pivot, minus_offset, grad, weights, total, dot):
-        torch.add(shift, torch.sub(block, p, out=y), alpha=1 / eps, out=y)
-        # -y where y ≤ 1, and 0 above: three times as fast as a mask.
-        torch.threshold_(exp_(y).neg_(), above_one, 0)
-        y_sum += _few(y.sum(-1, keepdim=True))
-        gy_sum += _few(torch.mul(y, g).sum(-1, keepdim=True))
-    # Both are sums of -y: if they are zero, so is the mean.
-    mean = torch.as_tensor(dot / (total - SMALLEST)).to(values.dtype)
-    for y, g, m in in_blocks(weights, grad, mean / eps):
-        y.mul_(torch.sub(m, g, alpha=1 / eps))
-    return weights, mean.view(-1)
+    values = _masked_values(logits, mask).detach().contiguous()
+    grad = _masked_grad(grad, mask, pivot.dtype).contiguous()  # numpy adds up in the order of the memory
+    xp = library_for(values)
+    values, grad, pivot, offset = in_library(xp, values, grad, pivot.unsqueeze(-1), offset.unsqueeze(-1))
+    weights = xp.empty_like(values)
+    total, dot = np.zeros(pivot.shape), np.zeros(pivot.shape)
+    with np.errstate(all="ignore"):
+        for block, p, shift, g, y, y_sum, gy_sum in in_blocks(values, pivot, offset, grad, weights, total, dot):
+            xp.subtract(block, p, out=y)
+            y *= 1 / eps
+            y -= shift
+            xp.exp(xp.clip(y, None, 1, out=y), out=y)
+            y *= y <= 1
+            y_sum += on_host(y.sum(-1, keepdims=True))
+            gy_sum += on_host((y * g).sum(-1, keepdims=True))
+        # Both are sums over U: if it is empty, the mean is zero.
+        mean = _like(values, (dot / (total + SMALLEST)).astype(on_host(pivot).dtype))
+        for y, g, m in in_blocks(weights, grad, mean):
+            difference = g - m
+            difference *= 1 / eps
+            y *= difference
+    return torch.as_tensor(weights), torch.as_tensor(mean[:, 0])
+
+
+def _like(values: torch.Tensor | np.ndarray, numbers: np.ndarray) -> torch.Tensor | np.ndarray:
+    """Numbers of the host in the library, and on the device, of the values."""
+    return torch.from_numpy(numbers).to(values.device) if torch.is_tensor(values) else numbers
 
 
 def descent_forward(
@@ -195,11 +213,6 @@ def _split(dual: torch.Tensor, temperature: float, dtype: torch.dtype) -> tuple[
     """`(s + a) / ε = (s - pivot) / ε - offset`, without the rounding error of a."""
     pivot = (-dual).to(dtype)
     return pivot, ((-dual - pivot) / temperature).to(dtype)
-
-
-def _few(numbers: torch.Tensor) -> torch.Tensor | np.ndarray:
-    """The same numbers, for numpy where that needs no copy: an operator of numpy on few of them takes less time."""
-    return numbers.numpy() if numbers.device.type == "cpu" else numbers
 
 
 def _masked_values(logits: torch.Tensor, mask: torch.Tensor | None) -> torch.Tensor:

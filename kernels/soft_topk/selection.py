@@ -3,23 +3,28 @@
 On a CPU numpy does it: its partition and its sort are vectorised, 8 to 10 times as fast as `torch.topk` on one core.
 """
 
+from types import ModuleType
+
 import numpy as np
 import torch
 
 
-# Elements at a time on a CPU: they stay in its cache, and torch starts no threads for so few, except in `torch.exp`.
+# Elements at a time on a CPU: they stay in its cache, and torch starts no threads for so few.
 CACHED_ELEMENTS = 32768
+# Of torch, from which on it is worth its time to start.
+MANY_THREADS = 8
 
 
-def in_blocks(values: torch.Tensor, *others: torch.Tensor | np.ndarray):
+def in_blocks(values: torch.Tensor | np.ndarray, *others: torch.Tensor | np.ndarray):
     """Tuples of views that cover `values` `[R, N]` in row-major order, small enough for a processor's cache.
 
     The `others` are `[R, N]` or `[R, 1]`, tensors or arrays, and are cut in the same way.
     """
     rows, columns = values.shape
     # With more threads than two, larger blocks, which torch then divides.
-    elements = CACHED_ELEMENTS * max(1, torch.get_num_threads() // 4)
-    if values.device.type != "cpu" or rows * columns <= elements:
+    shared = torch.is_tensor(values)
+    elements = CACHED_ELEMENTS * max(1, torch.get_num_threads() // 4) if shared else CACHED_ELEMENTS
+    if rows * columns <= elements or (shared and values.device.type != "cpu"):
         yield values, *others
         return
     height = max(1, elements // columns)
@@ -34,19 +39,19 @@ def in_blocks(values: torch.Tensor, *others: torch.Tensor | np.ndarray):
             )
 
 
-def exp_(block: torch.Tensor) -> torch.Tensor:
-    """The exponential, in place, of a block of `in_blocks`.
+def library_for(values: torch.Tensor) -> ModuleType:
+    """numpy on a processor, because its functions start sooner; torch elsewhere, or with threads to share a row."""
+    return np if values.device.type == "cpu" and torch.get_num_threads() < MANY_THREADS else torch
 
-    `torch.exp` divides even 2048 elements among the threads, and waits where another process uses one of their cores:
-    a row of 32768 logits took 14 ms instead of 0.5.
-    """
-    # From 8 threads on, blocks are large, to be divided.
-    if block.device.type != "cpu" or torch.get_num_threads() >= 8:
-        return block.exp_()
-    host = block.numpy()
-    with np.errstate(over="ignore"):
-        np.exp(host, out=host)
-    return block
+
+def in_library(library: ModuleType, *tensors: torch.Tensor) -> tuple:
+    """The same memory as this library takes it."""
+    return tuple([tensor.numpy() for tensor in tensors]) if library is np else tensors
+
+
+def on_host(numbers: torch.Tensor | np.ndarray) -> np.ndarray:
+    """The same as an array."""
+    return numbers.numpy(force=True) if torch.is_tensor(numbers) else numbers
 
 
 def split_largest(values: torch.Tensor, number: int) -> tuple[np.ndarray, torch.Tensor]:
