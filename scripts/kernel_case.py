@@ -11,8 +11,10 @@ class KernelCase(NamedTuple):
         name: what is launched, for instance `"causal float16 d64"`; unique within an operation.
         hot: whether this configuration carries the op's usual work, where a spilled register would cost speed.
         launch: calls one launcher of the op with tensors on the meta device.
+        tight: fills the shared memory: also compiled with the oldest Triton, whose code takes more of it.
     """
 
     name: str
     hot: bool
     launch: Callable[[], object]
+    tight: bool = False
