@@ -48,7 +48,7 @@ def measure(device: torch.device, lengths: list[int], repeats: int) -> Iterator[
             yield from part(length, device, repeats, milliseconds)
             gc.collect()
     for operation in COLD_OPERATIONS if on_gpu(device) else ():
-        yield cold_row(operation)
+        yield from cold_rows(operation, device)
 
 
 def measure_rates(device: torch.device, repeats: int) -> tuple[Rates, list[Row]]:
@@ -154,24 +154,20 @@ def peak_mib(call: Callable[[], object], device: torch.device) -> float | None:
 
 
 COLD = """
-import sys, time, torch
+import sys
 sys.path.insert(0, {scripts!r})
-from benchmark_gpu_work import first_call
-call = first_call({operation!r}, torch.device("cuda"))
-torch.cuda.synchronize()
-start = time.perf_counter()
-call()
-torch.cuda.synchronize()
-print(1e3 * (time.perf_counter() - start))
+from benchmark_gpu_work import first_calls
+print(*first_calls({operation!r}, {device!r}))
 """
 
 
-def cold_row(operation: str) -> Row:
-    """Forward and backward once in a fresh process with an empty Triton cache: what a user waits for at first."""
+def cold_rows(operation: str, device: torch.device) -> Iterator[Row]:
+    """Forward, then backward, once in a fresh process with an empty Triton cache: what a user waits for at first."""
     with tempfile.TemporaryDirectory() as cache:
-        code = COLD.format(scripts=str(ROOT / "scripts"), operation=operation)
+        code = COLD.format(scripts=str(ROOT / "scripts"), operation=operation, device=str(device))
         environment = os.environ | {"TRITON_CACHE_DIR": cache, "PYTHONPATH": str(ROOT)}
         finished = subprocess.run(
             [sys.executable, "-c", code], env=environment, check=True, capture_output=True, text=True
         )
-    return Row(f"{operation}_first_call", "ours", MODES[1], 0, **summary([float(finished.stdout.split()[-1])]))
+    for mode, taken in zip(("forward", "backward"), finished.stdout.split()[-2:], strict=True):
+        yield Row(f"{operation}_first_call", "ours", mode, 0, **summary([float(taken)]))

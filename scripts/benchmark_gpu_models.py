@@ -14,8 +14,9 @@ from hf_efficient import CoLT5Config, CoLT5EncoderModel, PerformerConfig, Perfor
 
 DECODE_STEPS = 16
 INPUTS_PER_TOKEN = 4  # a Perceiver reads four times as many inputs as the others read tokens
-# Rows that keep a GPU busy: with one, CoLT5 and both Perceivers wait for Python.
-ENCODER_ROWS, PERCEIVER_ROWS = 2, 8
+# Rows that keep a GPU busy: with two, CoLT5 waited for Python, with one, both Perceivers. LongT5 has no room for
+# four: of as many rows of 16,384 tokens it keeps 170 GiB until its backward pass, as counted on a CPU.
+ENCODER_ROWS, PERCEIVER_ROWS = {"ours": 4, "longt5": 2}, 8
 
 
 def models(device: torch.device, positions: int) -> dict[str, nn.Module]:
@@ -42,7 +43,8 @@ def models(device: torch.device, positions: int) -> dict[str, nn.Module]:
         attn_pdrop=0.0,
         **tokens,
     )
-    return {"ours": PerformerForCausalLM(performer).to(device), "gpt2": GPT2LMHeadModel(gpt2).to(device)}
+    with device:  # drawing the weights on a CPU took longer than measuring
+        return {"ours": PerformerForCausalLM(performer), "gpt2": GPT2LMHeadModel(gpt2)}
 
 
 def measure_training(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
@@ -66,18 +68,21 @@ def measure_training(length: int, device: torch.device, repeats: int, time) -> I
 
 def measure_encoders(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
     """CoLT5 and LongT5 (transient-global) of their papers' base sizes; forward and backward in autocast."""
-    rows = ENCODER_ROWS if on_gpu(device) else 1
     small = {} if on_gpu(device) else {"num_layers": 1, "d_model": 32, "d_ff": 64, "num_heads": 2, "d_kv": 16}
     tiny = {"hidden_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2, "head_dim": 16}
     longt5 = {"d_model": 768, "d_ff": 2048, "num_layers": 12, "num_heads": 12, "feed_forward_proj": "gated-gelu"}
-    encoders = {
-        "ours": CoLT5EncoderModel(CoLT5Config(**({} if on_gpu(device) else tiny))),
-        "longt5": LongT5EncoderModel(LongT5Config(encoder_attention_type="transient-global", **longt5 | small)),
-    }
-    tokens = torch.randint(3, 64, (rows, length), device=device)
+    with device:
+        encoders = {
+            "ours": CoLT5EncoderModel(CoLT5Config(**({} if on_gpu(device) else tiny))),
+            "longt5": LongT5EncoderModel(LongT5Config(encoder_attention_type="transient-global", **longt5 | small)),
+        }
     for name, model in encoders.items():
-        model.to(device).train()
-        step = _mean_square_step(model, device, lambda model=model: model(input_ids=tokens).last_hidden_state)
+        model.train()
+        rows = ENCODER_ROWS[name] if on_gpu(device) else 1
+        tokens = torch.randint(3, 64, (rows, length), device=device)
+        step = _mean_square_step(
+            model, device, lambda model=model, tokens=tokens: model(input_ids=tokens).last_hidden_state
+        )
         samples = time(step, device, repeats)
         yield _row("encoder", name, "forward+backward", length, samples, rows * length, model)
         model.to("cpu")
@@ -88,9 +93,9 @@ def measure_perceivers(length: int, device: torch.device, repeats: int, time) ->
     length *= INPUTS_PER_TOKEN
     rows = PERCEIVER_ROWS if on_gpu(device) else 1
     inputs = torch.randn(rows, length, WIDTH, device=device)
-    models = {"ours": ours(), "perceiver-pytorch": perceiver_pytorch()}
+    with device:
+        models = {"ours": ours(), "perceiver-pytorch": perceiver_pytorch()}
     for name, model in models.items():
-        model.to(device)
         run = _reader(model, inputs, name == "ours")
         samples = time(_mean_square_step(model, device, run), device, repeats)
         row = _row("perceiver", name, "forward+backward", length, samples, rows * length, model)

@@ -1,5 +1,6 @@
 """What the GPU benchmarks compute: each operation by each provider, with its operations and bytes."""
 
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -219,13 +220,22 @@ def lengths_of(works: Callable, lengths: list[int], device: torch.device) -> lis
     return list(LENGTHS.get(works, lengths)) if on_gpu(device) else lengths
 
 
-def first_call(operation: str, device: torch.device) -> Callable[[], object]:
-    """Forward and backward of an operation as a user meets it first."""
+def first_calls(operation: str, device: str) -> tuple[float, float]:
+    """Milliseconds of an operation's forward pass and of its backward pass, as a user meets them first."""
+    device = torch.device(device)
     length = 32768 if operation == "soft_topk" else 1024
     works = {"linear_attention": favor, "soft_topk": routing, "flash_attention": softmax}[operation](length, device)
-    return _unprepared(next(works))
-
-
-def _unprepared(work):
+    work = next(works)
     leaves = [tensor.detach().clone().requires_grad_() for tensor in work.inputs]
-    return lambda: work.function(*leaves).sum().backward()
+    output, forward = _timed(lambda: work.function(*leaves), device)
+    _, backward = _timed(output.sum().backward, device)
+    return forward, backward
+
+
+def _timed(call, device):
+    wait = torch.cuda.synchronize if on_gpu(device) else lambda: None
+    wait()
+    start = time.perf_counter()
+    result = call()
+    wait()
+    return result, 1e3 * (time.perf_counter() - start)

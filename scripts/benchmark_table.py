@@ -47,7 +47,7 @@ TITLES = {
     "copy": "A copy of as many bytes",
     "product": "A square product of this width in bfloat16",
     "train": "Training step of a causal LM of GPT-2's smallest size",
-    "encoder": "Base encoders, forward and backward",
+    "encoder": "Base encoders, forward and backward of four rows by CoLT5 and of two by LongT5",
     "perceiver": "Perceivers, forward and backward",
 }
 GPU_TITLES = {"flash_attention_window": "Causal softmax attention in a window of 255"}
@@ -83,7 +83,8 @@ def tables(rows: list[Row]) -> str:
         parts.append(f"**{title}**{called}, {unit}, {', '.join(filter(None, (own[0].sizes, place)))}{heap}")
         columns = list(dict.fromkeys((row.mode, row.length) for row in own))
         found = {(row.provider, row.mode, row.length): row for row in own}
-        header = ["", *[f"{mode} {_short(length)}" for mode, length in columns]]
+        # A first call is of no particular length.
+        header = ["", *[f"{mode} {_short(length)}" if length else mode for mode, length in columns]]
         lines = [
             (provider, *[_cell(found.get((provider, *column))) for column in columns])
             for provider in dict.fromkeys(row.provider for row in own)

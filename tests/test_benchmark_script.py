@@ -80,6 +80,32 @@ def test_the_gpu_benchmark_runs():
             assert row.roofline > 0
 
 
+def test_the_first_call_is_timed_apart_from_its_backward_pass():
+    """By the process of its own that a GPU machine starts."""
+    for operation in benchmark_gpu.COLD_OPERATIONS:
+        rows = list(benchmark_gpu.cold_rows(operation, torch.device("cpu")))
+        assert [row.key[:4] for row in rows] == [
+            (f"{operation}_first_call", "ours", mode, 0) for mode in ("forward", "backward")
+        ]
+        assert all(row.median > 0 for row in rows)
+
+
+def test_targets_and_tables_of_the_first_call():
+    rows = [
+        make_row("copy", "torch", "forward", 2**30, 1.0),
+        make_row("soft_topk_first_call", "ours", "forward", 0, 2500.0),
+        make_row("soft_topk_first_call", "ours", "backward", 0, 10500.0),
+        make_row("soft_topk", "ours", "forward", 32768, 1.0),
+    ]
+    verdicts = {line[0]: line[2:4] for line in targets.report(rows, table.GPU_TARGETS)}
+    assert verdicts["soft_topk: seconds of the first call"] == ("2.50", "pass")
+    assert verdicts["soft_topk: seconds of the first call of its backward pass"] == ("10.50", "MISS")
+    assert verdicts["linear_attention: seconds of the first call"] == ("", "not measured")
+    text = table.tables(rows)
+    assert "forward | backward |" in text and "2500 |    10500 |" in text
+    assert "forward 32k |" in text and " 0k" not in text
+
+
 def test_the_gpu_benchmark_compares_the_same_things():
     for works in benchmark_gpu.WORK:
         found = {}
