@@ -4,6 +4,8 @@ Triton's interpreter takes the bits of bfloat16 for integers in a matrix product
 `tensor_core_products` puts a product in its place that rounds as a GPU does.
 """
 
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import torch
@@ -173,16 +175,30 @@ def quadratic_with_rounded_products(query, key, value, feature_map, *, causal=Fa
     return _Quotient.apply(numerator, denominator[..., None], dtype), end
 
 
-def plain_computations(dtype, of_sums, orders=6 if DEVICE == "cpu" else 24):
-    """What a result is compared with, in the same dtype: the same in several orders, in more on a GPU, whose
-    exponentials, powers of two of a rounded product, scatter more.
+def with_powers_of_two(function):
+    """The same with `exp(x)` as `2^(x log₂ e)`, the product rounded: on a GPU every exponential is one of these."""
+
+    def run(*arguments, **options):
+        exp = torch.exp
+
+        def power(x):
+            return torch.exp2(x * 1.4426950408889634) if x.dtype == torch.float32 else exp(x)
+
+        with patch.object(torch, "exp", power), patch.object(torch.Tensor, "exp", power):
+            return function(*arguments, **options)
+
+    return run
+
+
+def plain_computations(dtype, of_sums, orders=6):
+    """What a result is compared with, in the same dtype: the same in several orders.
 
     `of_sums`: whether it is one that the kernels keep in float32 although they make it from products of `dtype`.
     """
     plain = [*several(reference, prefix_sums, orders=orders), token_by_token]
     if of_sums and dtype != torch.float32:
         plain = several(quadratic_with_rounded_products, orders=orders)
-    return plain
+    return plain if DEVICE == "cpu" else [*plain, *map(with_powers_of_two, plain)]
 
 
 def in_double(query, key, value, feature_map, state):

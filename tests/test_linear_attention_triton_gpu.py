@@ -6,7 +6,7 @@ Run: pytest tests/test_linear_attention_triton_gpu.py
 import pytest
 import torch
 from linear_attention_cases import all_gradients, assert_like_eager, doubled, make_map
-from linear_attention_triton_cases import quadratic_with_rounded_products
+from linear_attention_triton_cases import DEVICE, quadratic_with_rounded_products
 
 from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 
@@ -36,35 +36,53 @@ def test_a_walk_shared_by_several_programs(dtype, head_dim, features, causal, na
 
 
 def assert_output_and_gradients(dtype, head_dim, features, causal, sizes):
-    """Within the budget of plain computations; `sizes` are those of batch, heads and length."""
-    torch.set_default_device("cuda")
+    """Within the budget of plain computations; `sizes` are those of batch, heads and length.
+
+    Low precision is judged by four draws together: in one of four the largest error of a projection's gradient was 2.2
+    times the largest of the plain computation, in the others 0.8 to 1.3 times, with every configuration alike.
+    """
+    torch.set_default_device(DEVICE)
     try:
-        name = "identity-of-inputs" if features is None else "softmax"
-        query, key, value = (torch.randn(*sizes, head_dim) for _ in range(3))
-        if features is None:
-            query, key = query.abs() + 0.1, key.abs() + 0.1
-        inputs = [t.to(dtype) for t in (query, key, value)]
-        feature_map = make_map(name, head_dim, features=features)
-        state = LinearAttentionState.empty(*sizes[:2], feature_map.num_features(head_dim), head_dim, device="cuda")
-        weights = [torch.randn_like(inputs[2]), *(0 * part for part in state[:2])]
-        exact = (*doubled(*inputs, feature_map), LinearAttentionState(*doubled(*state)))
-
-        def eager(*arguments, **options):
-            return linear_attention(*arguments, backend="eager", **options)
-
-        oracle = eager(*exact[:4], causal=causal).output
-        actual = triton_attention(*inputs, feature_map, causal=causal).output
-        assert_like_eager(actual, oracle, [eager(*inputs, feature_map, causal=causal).output], "output")
-        wanted = all_gradients(eager, *exact, list(doubled(*weights)), causal=causal)
-        found = all_gradients(triton_attention, *inputs, feature_map, state, weights, causal=causal)
-        plain = [
-            all_gradients(function, *inputs, feature_map, state, weights, causal=causal)
-            for function in (eager, quadratic_with_rounded_products)
-        ]
-        for part in wanted:
-            assert_like_eager(found[part], wanted[part], [gradients[part] for gradients in plain], part)
+        draws = []
+        for draw in range(1 if dtype == torch.float32 else 4):
+            torch.manual_seed(draw)
+            draws.append(compute(dtype, head_dim, features, causal, sizes))
+        for part in draws[0]:
+            actual, exact, *plain = (torch.stack(ways) for ways in zip(*(found[part] for found in draws), strict=True))
+            assert_like_eager(actual, exact, plain, part)
     finally:
         torch.set_default_device(None)
+
+
+def compute(dtype, head_dim, features, causal, sizes):
+    """Output and every gradient by name: through the kernels, in float64, and plainly."""
+    name = "identity-of-inputs" if features is None else "softmax"
+    query, key, value = (torch.randn(*sizes, head_dim) for _ in range(3))
+    if features is None:
+        query, key = query.abs() + 0.1, key.abs() + 0.1
+    inputs = [t.to(dtype) for t in (query, key, value)]
+    feature_map = make_map(name, head_dim, features=features)
+    state = LinearAttentionState.empty(*sizes[:2], feature_map.num_features(head_dim), head_dim, device=DEVICE)
+    weights = [torch.randn_like(inputs[2]), *(0 * part for part in state[:2])]
+    exact = (*doubled(*inputs, feature_map), LinearAttentionState(*doubled(*state)))
+
+    def eager(*arguments, **options):
+        return linear_attention(*arguments, backend="eager", **options)
+
+    found = {
+        "output": [
+            triton_attention(*inputs, feature_map, causal=causal).output,
+            eager(*exact[:4], causal=causal).output,
+            eager(*inputs, feature_map, causal=causal).output,
+        ]
+    }
+    given = *inputs, feature_map, state, weights
+    ways = [
+        all_gradients(triton_attention, *given, causal=causal),
+        all_gradients(eager, *exact, list(doubled(*weights)), causal=causal),
+        *(all_gradients(way, *given, causal=causal) for way in (eager, quadratic_with_rounded_products)),
+    ]
+    return found | {part: [gradients[part] for gradients in ways] for part in ways[1]}
 
 
 def test_more_than_two_to_the_31_elements():
