@@ -18,7 +18,16 @@ from typing import NamedTuple
 
 import torch
 
-from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, rows_at_a_time, scaled_rows, store_quotient
+from .eager_chunks import (
+    CHUNK_OF_MANY_HEADS,
+    InputGrads,
+    Inputs,
+    joint_sums,
+    quotient_grads,
+    rows_at_a_time,
+    scaled_rows,
+    store_quotient,
+)
 from .eager_features import ChunkFeatures, Scratch
 from .state import LinearAttentionState
 
@@ -28,12 +37,8 @@ from .state import LinearAttentionState
 CAUSAL_BLOCK = 64
 
 
-def causal_chunks(length: int, heads: int) -> list[tuple[slice, int]]:
-    """The rows of each chunk and the size of its blocks: whole blocks, then what is left as a block of its own.
-
-    `heads` are those of the whole batch.
-    """
-    size = rows_at_a_time(heads)
+def causal_chunks(length: int, size: int) -> list[tuple[slice, int]]:
+    """The rows of each chunk of this size and the size of its blocks: whole blocks, then what is left as one more."""
     chunks = []
     for start in range(0, length, size):
         rows = min(size, length - start)
@@ -124,7 +129,10 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     heads, features, size = values.shape
     memories, maxima = values.new_empty(saved, heads, features, size + 1), values.new_empty(saved, heads)
 
-    for index, (here, block) in enumerate(causal_chunks(value.shape[2], heads)):
+    # Without a backward pass to come, more than a third less memory (13.6 MiB for 22.2, of which the output is 8, at
+    # 4,096 tokens and 8 heads) for 3 to 4 % more time.
+    chunk = rows_at_a_time(heads) if save_states else CHUNK_OF_MANY_HEADS
+    for index, (here, block) in enumerate(causal_chunks(value.shape[2], chunk)):
         if save_states:
             memories[index, ..., :-1], memories[index, ..., -1:], maxima[index] = values, sums, maximum
         q = chunk_features.queries(inputs.rows("query", here)).values
@@ -172,8 +180,9 @@ def causal_backward(
     scratch, ones = Scratch(denominators), denominators.new_ones(1)
     chunk_features = ChunkFeatures(feature_map, scratch)
     grad_memory = joint_sums(*grad_state).to(denominators.dtype)
+    chunks = causal_chunks(value.shape[2], rows_at_a_time(len(grad_memory)))
 
-    for index, (here, block) in reversed(list(enumerate(causal_chunks(value.shape[2], len(grad_memory))))):
+    for index, (here, block) in reversed(list(enumerate(chunks))):
         q_rows = inputs.rows("query", here)
         q_features = chunk_features.queries(q_rows, for_backward=True)
         k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
