@@ -88,12 +88,10 @@ class ChunkFeatures:
 
     def _pointwise(self, name, rows, for_backward):
         logits = self._logits(name, rows)
-        if self.function == "relu" and not for_backward:
-            values = logits.relu_()
-        else:
-            values = POINTWISE_FUNCTIONS[self.function].value(logits)
+        in_place = self.function == "relu"  # whose features also say where its derivative is 1
+        values = logits.relu_() if in_place else POINTWISE_FUNCTIONS[self.function].value(logits)
         values = values.add_(self.epsilon) if self.epsilon else values
-        return Features(values, logits=logits if for_backward else None)
+        return Features(values, logits=logits if for_backward and not in_place else None)
 
     def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor):
         """Gradients of `rows` and of the logits, given that of the features; `grad` and `features` are used up.
@@ -102,7 +100,9 @@ class ChunkFeatures:
         `exp(l)` may be derived as if nothing had been taken from `l`.
         """
         if self.function == "relu":
-            grad_logits = torch.ops.aten.threshold_backward(grad, features.logits, 0)
+            grad_logits = torch.ops.aten.threshold_backward.grad_input(
+                grad, features.values, self.epsilon, grad_input=grad
+            )
         elif self.function != EXPONENTIAL:
             grad_logits = grad.mul_(POINTWISE_FUNCTIONS[self.function].derivative(features.logits))
         elif self.epsilon:
