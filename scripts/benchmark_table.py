@@ -47,7 +47,7 @@ TITLES = {
     "copy": "A copy of as many bytes",
     "product": "A square product of this width in bfloat16",
     "train": "Training step of a causal LM of GPT-2's smallest size",
-    "encoder": "Base encoders, forward and backward of four rows by CoLT5 and of two by LongT5",
+    "encoder": "Base encoders, forward and backward",
     "perceiver": "Perceivers, forward and backward",
 }
 GPU_TITLES = {"flash_attention_window": "Causal softmax attention in a window of 255"}

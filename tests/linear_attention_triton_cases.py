@@ -11,7 +11,12 @@ import pytest
 import torch
 from linear_attention_cases import doubled, empty_state, prefix_sums, reference, several, token_by_token
 
-from hf_efficient.kernels.linear_attention import POINTWISE_FUNCTIONS, LinearAttentionState, linear_attention
+from hf_efficient.kernels.linear_attention import (
+    POINTWISE_FUNCTIONS,
+    LinearAttentionState,
+    linear_attention,
+    triton_segments,
+)
 
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -78,6 +83,28 @@ def tensor_core_products(monkeypatch):
     monkeypatch.setattr(builder, "create_dot", dot)
     for name in ("create_fp_ext", "create_fp_trunc", "create_fp_to_fp"):
         monkeypatch.setattr(builder, name, lambda self, source, target, *_: cast(self, source, target))
+
+
+@pytest.fixture
+def launches(monkeypatch):
+    """Of each launch that carries sums over segments: how many, and whether from the last to the first.
+
+    The interpreter is given room for some.
+    """
+    if DEVICE == "cpu":
+        monkeypatch.setattr(triton_segments, "multiprocessor_count", lambda tensor: 16)
+    seen, carry = [], triton_segments._carry
+
+    class Spy:
+        def __getitem__(self, grid):
+            def launch(*arguments, **options):
+                seen.append((arguments[5], options["REVERSE"]))
+                return carry[grid](*arguments, **options)
+
+            return launch
+
+    monkeypatch.setattr(triton_segments, "_carry", Spy())
+    return seen
 
 
 def _round(block, dtype):
@@ -191,7 +218,7 @@ def with_powers_of_two(function):
 
 
 def plain_computations(dtype, of_sums, orders=6):
-    """What a result is compared with, in the same dtype: the same in several orders.
+    """What a result is compared with, in the same dtype: several orders, on a GPU with its exponentials as well.
 
     `of_sums`: whether it is one that the kernels keep in float32 although they make it from products of `dtype`.
     """

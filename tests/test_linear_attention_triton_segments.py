@@ -6,7 +6,12 @@ Runs under Triton's interpreter where there is no GPU. Run: pytest tests/test_li
 import pytest
 import torch
 from linear_attention_cases import random_mask
-from linear_attention_triton_cases import DEVICE, on_device, triton_attention
+from linear_attention_triton_cases import (
+    DEVICE,
+    launches,  # noqa: F401
+    on_device,
+    triton_attention,
+)
 from test_linear_attention_triton import assert_output_and_state
 from test_linear_attention_triton_gradients import assert_gradients, make_case
 
@@ -19,53 +24,34 @@ pytest.importorskip("triton")
 LENGTH = 16 * 5 + 3 if DEVICE == "cpu" else 32 * 26 + 3
 
 
-@pytest.fixture
-def launches(monkeypatch):
-    """The segments of each launch that carries sums from one to the next; the interpreter has room for some."""
-    if DEVICE == "cpu":
-        monkeypatch.setattr(triton_segments, "multiprocessor_count", lambda tensor: 16)
-    seen, carry = [], triton_segments._carry
-
-    class Spy:
-        def __getitem__(self, grid):
-            def launch(*arguments, **options):
-                seen.append(arguments[5])
-                return carry[grid](*arguments, **options)
-
-            return launch
-
-    monkeypatch.setattr(triton_segments, "_carry", Spy())
-    return seen
-
-
 @pytest.mark.parametrize("name, causal", [("softmax", True), ("relu", False)], ids=["causal", "bidirectional"])
-def test_output_state_and_gradients(name, causal, launches, nan_poisoned):
+def test_output_state_and_gradients(name, causal, launches, nan_poisoned):  # noqa: F811
     """A mask, an earlier state, gradients of the output and of the final sums."""
     case = make_case(name, LENGTH, causal=causal)
     query, key, value, feature_map, state, _ = case
     mask = random_mask(1, key.shape[2])
     actual = triton_attention(query, key, value, feature_map, causal=causal, mask=mask, state=state)
-    assert launches and min(launches) >= 3
+    assert {reverse for _, reverse in launches} == {False} and min(launches)[0] >= 3
     assert_output_and_state(actual, (query, key, value), feature_map, causal, mask, state)
     del launches[:]
     assert_gradients(case, causal=causal, mask=mask)
-    assert len(launches) >= 4 and min(launches) >= 3  # forwards and backwards
+    assert {reverse for _, reverse in launches} == {False, True} and min(launches)[0] >= 3
 
 
-def test_causal_means_causal_to_the_bit(launches):
-    """Across a segment's border, with keys so large that they would take over a maximum."""
-    query, key, value, feature_map, *_ = make_case("softmax", LENGTH)
+def test_causal_means_causal_to_the_bit(launches):  # noqa: F811
+    """Across a segment's border, with later keys whose scales are above all earlier ones."""
+    query, key, value, feature_map, *_ = make_case("without-norm", LENGTH)
     expected, _ = triton_attention(query, key, value, feature_map, causal=True)
     assert launches
     for token in (LENGTH // 2, LENGTH - 5):
         later = [t.clone() for t in (query, key, value)]
         for tensor in later:
-            tensor[:, :, token:] = 1e15 * torch.randn_like(tensor[:, :, token:])
+            tensor[:, :, token:] = 8 * torch.randn_like(tensor[:, :, token:])
         actual, _ = triton_attention(*later, feature_map, causal=True)
         assert torch.equal(actual[:, :, :token], expected[:, :, :token]), f"token {token}"
 
 
-def test_segments_of_masked_keys_alone(launches):
+def test_segments_of_masked_keys_alone(launches):  # noqa: F811
     """Nothing stands in them, so that the scale before them is carried past them."""
     case = make_case("softmax", LENGTH)
     mask = torch.ones(1, LENGTH, dtype=torch.bool)
@@ -76,7 +62,20 @@ def test_segments_of_masked_keys_alone(launches):
     assert launches
 
 
-def test_when_the_walk_is_shared(launches):
+def test_any_default_dtype(launches):  # noqa: F811
+    """What the library makes for itself is float32 to the kernels."""
+    case = make_case("relu", LENGTH, causal=False)
+    torch.set_default_dtype(torch.float64)
+    try:
+        leaves = [on_device(t).requires_grad_() for t in case[:3]]
+        output, _ = triton_attention(*leaves, case[3], causal=False)
+        output.sum().backward()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert launches and all(leaf.grad.dtype == torch.float32 for leaf in leaves)
+
+
+def test_when_the_walk_is_shared(launches):  # noqa: F811
     some = on_device(torch.zeros(1))
     chunks = Chunks.of(batch=1, length=LENGTH, size=16, cu_seqlens=None)
     cut = triton_segments.in_segments(chunks, 1, some, walks=2)
@@ -89,7 +88,7 @@ def test_when_the_walk_is_shared(launches):
     assert triton_segments.in_segments(packed, 1, some, walks=1) is packed
 
 
-def test_several_rows_and_heads(launches, nan_poisoned):
+def test_several_rows_and_heads(launches, nan_poisoned):  # noqa: F811
     """What one head carries never goes to another, nor to another row of the batch."""
     assert_gradients(make_case("relu", LENGTH, batch=2, heads=2), causal=True)
     assert launches

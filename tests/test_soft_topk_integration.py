@@ -11,7 +11,7 @@ import torch
 from helpers import ROOT
 from soft_topk_cases import METHODS, gradients, make_rows, temperatures
 
-from hf_efficient.kernels.soft_topk import soft_topk
+from hf_efficient.kernels.soft_topk import selection, soft_topk
 from hf_efficient.kernels.soft_topk.autograd import soft_topk_exact, soft_topk_exact_operator
 
 
@@ -226,3 +226,21 @@ def test_double_precision_stays_double():
         assert output.scores.dtype == output.threshold.dtype == torch.float64
     halves = soft_topk(logits.half(), 5)
     assert halves.scores.dtype == torch.float16 and halves.threshold.dtype == torch.float32
+
+
+@pytest.mark.parametrize("many", [1, 10**6], ids=["torch", "numpy"])
+def test_results_are_where_the_logits_are(many, monkeypatch):
+    """Whatever device tensors are made on by default."""
+    monkeypatch.setattr(selection, "MANY_THREADS", many)
+    logits = torch.randn(2, 40, requires_grad=True)
+    with torch.device("meta"):
+        output = soft_topk(logits, 5)
+        output.scores.backward(torch.ones(2, 40, device="cpu"))
+    assert {part.device.type for part in (*output, logits.grad)} == {"cpu"}
+
+
+def test_thresholds_near_the_largest_number_are_numbers():
+    lowest = torch.finfo(torch.bfloat16).min
+    logits = torch.tensor([[1.0, lowest, lowest, lowest], [3e38, 2e38, 1.0, 0.0]])
+    threshold = soft_topk(logits, torch.tensor([2.0, 1.0])).threshold
+    assert threshold.tolist() == pytest.approx([lowest, 3e38], rel=1e-6)

@@ -88,7 +88,8 @@ class ChunkFeatures:
 
     def _pointwise(self, name, rows, for_backward):
         logits = self._logits(name, rows)
-        in_place = self.function == "relu"  # whose features also say where its derivative is 1
+        # A ReLU's features also say where its derivative is 1, but for logits that are lost in epsilon's last digit.
+        in_place = self.function == "relu"
         values = logits.relu_() if in_place else POINTWISE_FUNCTIONS[self.function].value(logits)
         values = values.add_(self.epsilon) if self.epsilon else values
         return Features(values, logits=logits if for_backward and not in_place else None)

@@ -49,7 +49,7 @@ class Chunks(NamedTuple):
 
     def cut(self, segments: int) -> "Chunks":
         """The same in at most so many segments, none of them empty."""
-        per_segment = -(-self.per_sequence // segments)
+        per_segment = max(-(-self.per_sequence // segments), 1)
         return self._replace(segments=-(-self.per_sequence // per_segment), per_segment=per_segment)
 
     def of_each(self) -> dict[str, Any]:

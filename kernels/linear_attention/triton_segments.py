@@ -40,10 +40,11 @@ def in_segments(chunks: Chunks, programs: int, tensor: Tensor, walks: int) -> Ch
         return chunks
     room = PROGRAMS_PER_PROCESSOR * multiprocessor_count(tensor) // (chunks.sequences * programs)
     wanted = min(room, chunks.per_sequence // SEGMENT_CHUNKS[gpu_architecture()])
-    return chunks.cut(wanted) if wanted > walks else chunks
+    cut = chunks.cut(max(wanted, 1))
+    return cut if cut.segments > walks else chunks
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["segments"])
 def _carry(
     p_first, p_own, p_last, p_decays, p_weights, segments, heads, size, REVERSE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip

@@ -186,7 +186,7 @@ def state_gradients(
     if causal:
         decays, behind = scales_behind(maxima, scales[1], chunks)
     else:  # one scale for all queries: that of the final state
-        decays = torch.ones(chunks.sequences, chunks.segments, heads, device=query.device)
+        decays = of_end[0].new_ones(chunks.sequences, chunks.segments, heads)
         behind = scales[1].repeat_interleave(chunks.segments, dim=0)
     nothing = [part.new_zeros(chunks.sequences * chunks.segments, *part.shape[1:]) for part in of_end]
     _, own = _walk(nothing, (behind, behind), chunks, *common, keep=False)

@@ -2,9 +2,9 @@
 
 1. `_normalizers`: the logarithm of each row's sum of exponentials, and each key's scale `s_j` (exponential maps only).
 2. `_states`: one program for a head and a tile of the state walks along a sequence chunk by chunk, or along a segment
-   of it where several share the walk (`triton_segments.py`). It carries the
-   sums `S = Σ φ(k) vᵀ` and `z = Σ φ(k)` relative to the running maximum `m` of the scales, `S ← exp(m - m') S +
-   (φ(k) exp(s - m'))ᵀ v`, and writes what it has before each chunk (causal) or at the end alone.
+   of it where several share the walk (`triton_segments.py`). It carries the sums `S = Σ φ(k) vᵀ` and `z = Σ φ(k)`
+   relative to the running maximum `m` of the scales, `S ← exp(m - m') S + (φ(k) exp(s - m'))ᵀ v`, and writes what it
+   has before each chunk (causal) or at the end alone.
 
 The backward pass runs the second kernel again rather than keep its result: that is `M·V` numbers for each chunk.
 """

@@ -85,8 +85,8 @@ def soft_topk(
 
     if method == "exact":
         scores, indices, pivot, offset = soft_topk_exact(flat, k, flat_mask, float(eps), num_selected, backend)
-        # A pivot at either end of the range stands for "all" and "none": there the double overflows.
-        threshold = torch.add(pivot, offset, alpha=eps).mul_(2).div_(2)
+        # A pivot at either end of the range stands for "all" and "none".
+        threshold = torch.add(pivot, offset, alpha=eps) / (pivot.abs() < torch.finfo(dtype).max)
     else:
         temperatures = _temperatures(n_iters, eps, eps_init, eps_decay)
         scores, indices, duals = soft_topk_descent(flat, k, flat_mask, temperatures, num_selected, backend)

@@ -15,7 +15,7 @@ Both gradients are implicit: nothing but logits and scalars is kept for them.
 import numpy as np
 import torch
 
-from .selection import in_blocks, in_library, library_for, on_host, select_by_position, split_largest
+from .selection import as_tensor, in_blocks, in_library, library_for, on_host, select_by_position, split_largest
 
 
 LARGEST_EXPONENT = 600.0  # a sum of so many powers of e as there can be entries is finite in double precision
@@ -56,7 +56,7 @@ def exact_forward(
             out *= 1 / eps
             out -= shift
             xp.exp(xp.clip(out, None, 0, out=out), out=out)
-    scores, pivot, offset = map(torch.as_tensor, (scores, pivot[:, 0], offset[:, 0]))
+    scores, pivot, offset = map(as_tensor, (scores, pivot[:, 0], offset[:, 0]))
     return scores.to(logits.dtype), indices, pivot, offset
 
 
@@ -105,7 +105,7 @@ def exact_backward(
     """
     values = _masked_values(logits, mask).detach().contiguous()
     grad = _masked_grad(grad, mask, pivot.dtype).contiguous()  # numpy adds up in the order of the memory
-    xp = library_for(values)
+    xp, dtype = library_for(values), np.float64 if pivot.dtype == torch.float64 else np.float32
     values, grad, pivot, offset = in_library(xp, values, grad, pivot.unsqueeze(-1), offset.unsqueeze(-1))
     weights = xp.empty_like(values)
     total, dot = np.zeros(pivot.shape), np.zeros(pivot.shape)
@@ -119,12 +119,12 @@ def exact_backward(
             y_sum += on_host(y.sum(-1, keepdims=True))
             gy_sum += on_host((y * g).sum(-1, keepdims=True))
         # Both are sums over U: if it is empty, the mean is zero.
-        mean = _like(values, (dot / (total + SMALLEST)).astype(on_host(pivot).dtype))
+        mean = _like(values, (dot / (total + SMALLEST)).astype(dtype))
         for y, g, m in in_blocks(weights, grad, mean):
             difference = g - m
             difference *= 1 / eps
             y *= difference
-    return torch.as_tensor(weights), torch.as_tensor(mean[:, 0])
+    return as_tensor(weights), as_tensor(mean[:, 0])
 
 
 def _like(values: torch.Tensor | np.ndarray, numbers: np.ndarray) -> torch.Tensor | np.ndarray:

@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 
-# Elements at a time on a CPU: they stay in its cache, and torch starts no threads for so few.
+# Elements at a time on a CPU: they stay in its cache, and torch starts no threads for so few, but for `torch.exp`.
 CACHED_ELEMENTS = 32768
-# Of torch, from which on it is worth its time to start.
+# With so many threads and more, torch computes in place of numpy.
 MANY_THREADS = 8
 
 
@@ -21,7 +21,7 @@ def in_blocks(values: torch.Tensor | np.ndarray, *others: torch.Tensor | np.ndar
     The `others` are `[R, N]` or `[R, 1]`, tensors or arrays, and are cut in the same way.
     """
     rows, columns = values.shape
-    # With more threads than two, larger blocks, which torch then divides.
+    # With many threads larger blocks, which torch then divides.
     shared = torch.is_tensor(values)
     elements = CACHED_ELEMENTS * max(1, torch.get_num_threads() // 4) if shared else CACHED_ELEMENTS
     if rows * columns <= elements or (shared and values.device.type != "cpu"):
@@ -47,6 +47,11 @@ def library_for(values: torch.Tensor) -> ModuleType:
 def in_library(library: ModuleType, *tensors: torch.Tensor) -> tuple:
     """The same memory as this library takes it."""
     return tuple([tensor.numpy() for tensor in tensors]) if library is np else tensors
+
+
+def as_tensor(numbers: torch.Tensor | np.ndarray) -> torch.Tensor:
+    """The same as a tensor where it is; `torch.as_tensor` would take it to the default device."""
+    return numbers if torch.is_tensor(numbers) else torch.from_numpy(numbers)
 
 
 def on_host(numbers: torch.Tensor | np.ndarray) -> np.ndarray:
