@@ -90,5 +90,10 @@ def test_when_the_walk_is_shared(launches):  # noqa: F811
 
 def test_several_rows_and_heads(launches, nan_poisoned):  # noqa: F811
     """What one head carries never goes to another, nor to another row of the batch."""
-    assert_gradients(make_case("relu", LENGTH, batch=2, heads=2), causal=True)
-    assert launches
+    query, key, value, feature_map, *_ = make_case("relu", LENGTH, batch=2, heads=2)
+    for causal in (True, False):
+        actual = triton_attention(query, key, value, feature_map, causal=causal)
+        assert_output_and_state(actual, (query, key, value), feature_map, causal)
+    del launches[:]
+    assert_gradients(make_case("relu", LENGTH, heads=2), causal=True)
+    assert {reverse for _, reverse in launches} == {False, True}

@@ -27,7 +27,7 @@ CHUNKS = {
 }
 
 # The fewest chunks that are worth a program of their own where a walk along the chunks is shared.
-SEGMENT_CHUNKS = {"sm_80": 8, "sm_90": 8, "gfx942": 8, "interpreter": 1}
+SEGMENT_CHUNKS = {"sm_80": 8, "sm_90": 8, "gfx942": 8, "interpreter": 2}
 
 _INTERPRETER = {(16, ANY): _tiles(4, 1, 16, 16, 16), (32, ANY): _tiles(4, 1, 16, 16, 16)}
 

@@ -101,7 +101,7 @@ def carry_states(
     end = (carry(*sums, decays, weights) for sums in zip(start[:2], own[:2], strict=True))
     return (
         LinearAttentionState(*own[:2], before.flatten(0, 1)),
-        LinearAttentionState(*end, running[:, -1].contiguous()),
+        LinearAttentionState(*end, running[:, -1].clone()),
     )
 
 

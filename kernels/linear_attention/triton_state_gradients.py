@@ -75,7 +75,8 @@ def row_products(gradient: Tensor, output: Tensor) -> Tensor:
     return products
 
 
-@triton.jit(do_not_specialize=["segments", "per_segment"])
+# One segment is a case of its own to the compiler, without the arithmetic of several.
+@triton.jit(do_not_specialize=["per_segment"])
 def _state_gradients(
     p_query, p_gradient, p_products, p_denominators, p_running, p_normalizers, p_maxima, p_start_scale, p_end_scale,
     p_end_state, p_end_sum, p_states, p_sums, p_start_state, p_start_sum,

@@ -123,7 +123,8 @@ def normalizers(rows: Tensor, tensors: MapTensors, mask: Tensor | None, is_key: 
     return found, scales
 
 
-@triton.jit(do_not_specialize=["segments", "per_segment"])
+# One segment is a case of its own to the compiler, without the arithmetic of several.
+@triton.jit(do_not_specialize=["per_segment"])
 def _states(
     p_key, p_value, p_mask, p_normalizers, p_scales, p_start_state, p_start_sum, p_start_scale, p_states, p_sums,
     p_maxima, p_end_state, p_end_sum, p_end_scale, stride_key_batch, stride_key_head, stride_key_row,
