@@ -14,8 +14,8 @@ from hf_efficient import CoLT5Config, CoLT5EncoderModel, PerformerConfig, Perfor
 
 DECODE_STEPS = 16
 INPUTS_PER_TOKEN = 4  # a Perceiver reads four times as many inputs as the others read tokens
-# Rows that keep a GPU busy: with two, CoLT5 waited for Python, with one, both Perceivers. LongT5 has no room for
-# four: of as many rows of 16,384 tokens it keeps 170 GiB until its backward pass, as counted on a CPU.
+# Rows that keep a GPU busy: with two, CoLT5 waited for Python, with one, both Perceivers. LongT5 gets two: what one
+# and two of its layers keep for the backward pass on a CPU comes to 170 GiB for all twelve and four rows of 16,384.
 ENCODER_ROWS, PERCEIVER_ROWS = {"ours": 4, "longt5": 2}, 8
 
 

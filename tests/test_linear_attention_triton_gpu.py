@@ -6,11 +6,7 @@ Run: pytest tests/test_linear_attention_triton_gpu.py
 import pytest
 import torch
 from linear_attention_cases import all_gradients, assert_like_eager, doubled, make_map
-from linear_attention_triton_cases import (
-    DEVICE,
-    launches,  # noqa: F401
-    quadratic_with_rounded_products,
-)
+from linear_attention_triton_cases import DEVICE, quadratic_with_rounded_products, record_launches
 
 from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 
@@ -34,8 +30,9 @@ def test_shipped_configurations(dtype, head_dim, features, causal, nan_poisoned)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim, features", [(64, 256), (128, None)])
 @causal_or_not
-def test_a_walk_shared_by_several_programs(dtype, head_dim, features, causal, launches, nan_poisoned):  # noqa: F811
+def test_a_walk_shared_by_several_programs(dtype, head_dim, features, causal, nan_poisoned, monkeypatch):
     """A sequence so long, and heads so few, that the walk along it is cut into segments."""
+    launches = record_launches(monkeypatch)
     assert_output_and_gradients(dtype, head_dim, features, causal, (1, 2, 3001))
     assert {reverse for _, reverse in launches} == {False, True}
 

@@ -6,12 +6,7 @@ Runs under Triton's interpreter where there is no GPU. Run: pytest tests/test_li
 import pytest
 import torch
 from linear_attention_cases import random_mask
-from linear_attention_triton_cases import (
-    DEVICE,
-    launches,  # noqa: F401
-    on_device,
-    triton_attention,
-)
+from linear_attention_triton_cases import DEVICE, on_device, record_launches, triton_attention
 from test_linear_attention_triton import assert_output_and_state
 from test_linear_attention_triton_gradients import assert_gradients, make_case
 
@@ -25,8 +20,9 @@ LENGTH = 16 * 5 + 3 if DEVICE == "cpu" else 32 * 26 + 3
 
 
 @pytest.mark.parametrize("name, causal", [("softmax", True), ("relu", False)], ids=["causal", "bidirectional"])
-def test_output_state_and_gradients(name, causal, launches, nan_poisoned):  # noqa: F811
+def test_output_state_and_gradients(name, causal, monkeypatch, nan_poisoned):
     """A mask, an earlier state, gradients of the output and of the final sums."""
+    launches = record_launches(monkeypatch)
     case = make_case(name, LENGTH, causal=causal)
     query, key, value, feature_map, state, _ = case
     mask = random_mask(1, key.shape[2])
@@ -38,8 +34,9 @@ def test_output_state_and_gradients(name, causal, launches, nan_poisoned):  # no
     assert {reverse for _, reverse in launches} == {False, True} and min(launches)[0] >= 3
 
 
-def test_causal_means_causal_to_the_bit(launches):  # noqa: F811
+def test_causal_means_causal_to_the_bit(monkeypatch):
     """Across a segment's border, with later keys whose scales are above all earlier ones."""
+    launches = record_launches(monkeypatch)
     query, key, value, feature_map, *_ = make_case("without-norm", LENGTH)
     expected, _ = triton_attention(query, key, value, feature_map, causal=True)
     assert launches
@@ -51,8 +48,9 @@ def test_causal_means_causal_to_the_bit(launches):  # noqa: F811
         assert torch.equal(actual[:, :, :token], expected[:, :, :token]), f"token {token}"
 
 
-def test_segments_of_masked_keys_alone(launches):  # noqa: F811
+def test_segments_of_masked_keys_alone(monkeypatch):
     """Nothing stands in them, so that the scale before them is carried past them."""
+    launches = record_launches(monkeypatch)
     case = make_case("softmax", LENGTH)
     mask = torch.ones(1, LENGTH, dtype=torch.bool)
     mask[:, LENGTH // 4 :] = False
@@ -62,8 +60,9 @@ def test_segments_of_masked_keys_alone(launches):  # noqa: F811
     assert launches
 
 
-def test_any_default_dtype(launches):  # noqa: F811
+def test_any_default_dtype(monkeypatch):
     """What the library makes for itself is float32 to the kernels."""
+    launches = record_launches(monkeypatch)
     case = make_case("relu", LENGTH, causal=False)
     torch.set_default_dtype(torch.float64)
     try:
@@ -75,7 +74,8 @@ def test_any_default_dtype(launches):  # noqa: F811
     assert launches and all(leaf.grad.dtype == torch.float32 for leaf in leaves)
 
 
-def test_when_the_walk_is_shared(launches):  # noqa: F811
+def test_when_the_walk_is_shared(monkeypatch):
+    record_launches(monkeypatch)
     some = on_device(torch.zeros(1))
     chunks = Chunks.of(batch=1, length=LENGTH, size=16, cu_seqlens=None)
     cut = triton_segments.in_segments(chunks, 1, some, walks=2)
@@ -88,8 +88,9 @@ def test_when_the_walk_is_shared(launches):  # noqa: F811
     assert triton_segments.in_segments(packed, 1, some, walks=1) is packed
 
 
-def test_several_rows_and_heads(launches, nan_poisoned):  # noqa: F811
+def test_several_rows_and_heads(monkeypatch, nan_poisoned):
     """What one head carries never goes to another, nor to another row of the batch."""
+    launches = record_launches(monkeypatch)
     query, key, value, feature_map, *_ = make_case("relu", LENGTH, batch=2, heads=2)
     for causal in (True, False):
         actual = triton_attention(query, key, value, feature_map, causal=causal)

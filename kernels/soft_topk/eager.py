@@ -109,7 +109,7 @@ def exact_backward(
     values, grad, pivot, offset = in_library(xp, values, grad, pivot.unsqueeze(-1), offset.unsqueeze(-1))
     weights = xp.empty_like(values)
     total, dot = np.zeros(pivot.shape), np.zeros(pivot.shape)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"):  # rows that hold what is not a number, or where all of it saturates
         for block, p, shift, g, y, y_sum, gy_sum in in_blocks(values, pivot, offset, grad, weights, total, dot):
             xp.subtract(block, p, out=y)
             y *= 1 / eps
