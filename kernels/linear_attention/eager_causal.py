@@ -42,8 +42,8 @@ def causal_chunks(length: int, size: int) -> list[tuple[slice, int]]:
     chunks = []
     for start in range(0, length, size):
         rows = min(size, length - start)
-        # Up to two blocks' worth is one block: there is no state between to be formed.
-        whole = 0 if rows <= 2 * CAUSAL_BLOCK else rows - rows % CAUSAL_BLOCK
+        # Less than two blocks' worth is one block: there is no state between to be formed.
+        whole = 0 if rows < 2 * CAUSAL_BLOCK else rows - rows % CAUSAL_BLOCK
         if whole:
             chunks.append((slice(start, start + whole), CAUSAL_BLOCK))
         if rows > whole:
@@ -111,6 +111,20 @@ def _states_before(memory, products, scales: _Scales, scratch: Scratch, name: st
     return before
 
 
+def _through_blocks(values, sums, q, k, v, scales: _Scales, numerator, denominator, scratch: Scratch) -> None:
+    """Add to each block's sums what it sees of the state before it, and the block to the state, one after the other."""
+    seen = scratch("seen", len(values), *numerator.shape[1:])
+    product = scratch("product", *values.shape)
+    rows = torch.mul(v, scales.to_end, out=scratch("rows", *v.shape))
+    blocked = (q, k, rows, scales.carried, scales.to_end, numerator, denominator)
+    blocks = zip(scales.across.unbind(1), *(_by_block(t, scales) for t in blocked), strict=True)
+    for decay, q_block, k_block, v_block, carried, to_end, block_numerator, block_denominator in blocks:
+        block_numerator.addcmul_(torch.bmm(q_block, values, out=seen), carried)
+        block_denominator.addcmul_(torch.bmm(sums, q_block.mT).mT, carried)
+        torch.addcmul(torch.bmm(k_block.mT, v_block, out=product), values, decay, out=values)
+        torch.addcmul(torch.bmm(to_end.mT, k_block), sums, decay, out=sums)
+
+
 def causal_forward(query, key, value, feature_map, mask, state, save_states: bool):
     """Output (not rounded yet), final state, denominators `[BH, N]`, and the states before each chunk.
 
@@ -144,17 +158,8 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
         weights = torch.bmm(q, k.mT, out=scratch("weights", *scales.decay_matrix.shape))
         weights.mul_(scales.decay_matrix).tril_()
         numerator = torch.bmm(weights, v, out=scratch("numerator", *v.shape))
-        denominator = weights.sum(dim=-1)
-        rows = torch.mul(v, scales.to_end, out=scratch("rows", *v.shape))
-        products = torch.bmm(k.mT, rows, out=scratch("products", *k.shape[::2], size))
-        sum_products = torch.bmm(scales.to_end.mT, k)
-        before = _states_before(values, products, scales, scratch)
-        sums_before = _states_before(sums, sum_products, scales, scratch, "sums_before")
-        numerator.addcmul_(torch.bmm(q, before, out=scratch("rows", *v.shape)), scales.carried)
-        denominator.addcmul_(torch.bmm(sums_before, q.mT).squeeze(1), scales.carried.squeeze(-1))
-        for state, product, earlier in ((values, products, before), (sums, sum_products, sums_before)):
-            last = _by_block(product, scales)[-1], _by_block(earlier, scales)[-1]
-            torch.addcmul(*last, scales.across[:, -1], out=state)
+        denominator = weights.sum(dim=-1, keepdim=True)
+        _through_blocks(values, sums, q, k, v, scales, numerator, denominator, scratch)
 
         shape = heads, here.stop - here.start
         store_quotient(flat_output, denominators, here, numerator.view(*shape, size), denominator.view(shape))
