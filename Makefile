@@ -6,6 +6,7 @@
 #   make bench    speed and memory beside the peer libraries
 #   make matrix   runs what docs/matrix.md is about and writes it anew
 #   make compat   a smoke test of every head at both ends of the supported version ranges
+#   make kernels  compiles every kernel that has changed for each kind of GPU and writes the tables of their resources
 #   make gpu      on a machine with a GPU: tests of models and kernels, then benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3
@@ -17,7 +18,7 @@ PEERS  := $(VENV)/.peers-installed
 # constraints.txt pins builds for the CPU: a GPU machine has its own Python with torch, Triton and pytest.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test lint format bench matrix compat gpu
+.PHONY: demo test lint format bench matrix compat kernels gpu
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -42,6 +43,12 @@ matrix: $(STAMP)
 
 compat: $(STAMP)
 	$(RUN) scripts/compat.py
+
+KERNEL_TABLE := docs/benchmarks/kernel_resources
+kernels: $(STAMP)
+	$(RUN) scripts/kernel_report.py --known $(KERNEL_TABLE).csv --csv $(KERNEL_TABLE).csv
+	$(RUN) scripts/kernel_report.py --triton 3.6.0 --hot-only --ignore-spills --targets sm_90 \
+		--known $(KERNEL_TABLE)_oldest_triton.csv --csv $(KERNEL_TABLE)_oldest_triton.csv
 
 gpu:
 	$(GPU_PYTHON) -m pytest -n 8 --dist worksteal tests/test_models_gpu.py

@@ -3,11 +3,16 @@
     python scripts/kernel_report.py                              every op, every target
     python scripts/kernel_report.py --operations soft_topk --targets sm_90 --hot-only
     python scripts/kernel_report.py --triton 3.6.0               the same under another Triton, fetched with pip once
-    python scripts/kernel_report.py --csv docs/benchmarks/kernel_resources.csv
+    python scripts/kernel_report.py --known docs/benchmarks/kernel_resources.csv    only what has changed since
+    make kernels                                                                   writes these tables
 
 One row per compiled kernel: registers per thread, bytes spilled per thread, shared memory per program, the matrix
 instruction found. Ends with status 1 if a kernel does not compile, needs more shared memory than its target has, or
 spills in a hot configuration.
+
+All of it takes most of an hour on one core, so what the compiler said is kept in tables (`known_kernels.py`): with
+`--known` a kernel whose content stands there is not compiled again, but for those of the first `--recompile` cases of
+each operation and target, of which it is a problem if the table says otherwise.
 """
 
 import argparse
@@ -26,7 +31,7 @@ OPERATIONS = sorted(
 TARGETS = ("sm_80", "sm_90", "gfx942")
 COLUMNS = (
     "operation", "case", "hot", "target", "kernel", "registers", "spilled_bytes", "shared_bytes", "num_warps",
-    "matrix_instruction", "problem",
+    "matrix_instruction", "triton", "key", "problem",
 )  # fmt: skip
 
 
@@ -50,15 +55,25 @@ def run_with(version: str) -> int:
     return subprocess.run([sys.executable, __file__, *arguments], env=os.environ | {"PYTHONPATH": path}).returncode
 
 
-def rows(operation: str, target: str, hot_only: bool, ignore_spills: bool = False):
+def rows(
+    operation: str,
+    target: str,
+    hot_only: bool,
+    ignore_spills: bool = False,
+    known: Path | None = None,
+    recompile: int = 0,
+):
     """One row per kernel that the cases of this operation compile; a case that fails gives one row with the reason."""
+    import triton
+    from known_kernels import read_known
     from offline_compiler import SHARED_MEMORY, compiling_for, resources
 
-    for case in importlib.import_module(f"kernel_cases_{operation}").cases():
-        if hot_only and not (case.hot or case.tight):
-            continue
+    table = read_known(known)
+    cases = importlib.import_module(f"kernel_cases_{operation}").cases()
+    cases = [case for case in cases if case.hot or case.tight or not hot_only]
+    for index, case in enumerate(cases):
         row = {"operation": operation, "case": case.name, "hot": case.hot, "target": target, "problem": ""}
-        with compiling_for(target) as compiled:
+        with compiling_for(target, table if index >= recompile else None) as compiled:
             try:
                 case.launch()
             except Exception as error:  # the row says what went wrong; the other cases still count
@@ -73,7 +88,10 @@ def rows(operation: str, target: str, hot_only: bool, ignore_spills: bool = Fals
                 problems.append(f"shared memory over {SHARED_MEMORY[target]}")
             if case.hot and used.spilled_bytes and not ignore_spills:
                 problems.append("spills")
-            yield row | used._asdict() | {"problem": ", ".join(problems)}
+            if table.get(kernel.content_key, used) != used:
+                problems.append(f"{known} says otherwise")
+            found = {"triton": triton.__version__, "key": kernel.content_key, "problem": ", ".join(problems)}
+            yield row | used._asdict() | found
 
 
 def show(row: dict) -> None:
@@ -98,6 +116,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--ignore-spills", action="store_true", help="say how much is spilled, but do not mind")
     parser.add_argument("--triton", metavar="VERSION", help="a Triton version other than the installed one")
     parser.add_argument("--csv", type=Path, help="a file for the rows")
+    parser.add_argument("--known", type=Path, help="rows of an earlier run: their kernels are not compiled again")
+    parser.add_argument("--recompile", type=int, default=0, help="cases of each operation and target that are, though")
     return parser.parse_args()
 
 
@@ -113,7 +133,14 @@ def main() -> int:
     found = []
     for operation in arguments.operations:
         for target in arguments.targets:
-            for row in rows(operation, target, arguments.hot_only, arguments.ignore_spills):
+            for row in rows(
+                operation,
+                target,
+                arguments.hot_only,
+                arguments.ignore_spills,
+                arguments.known,
+                arguments.recompile,
+            ):
                 show(row)
                 found.append(row)
     if arguments.csv:

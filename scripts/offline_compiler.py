@@ -7,13 +7,13 @@ kernel with exactly the specialisation that it would use, and ends there; `resou
 import re
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 import triton
+from known_kernels import KnownKernel, Resources, content_key
 from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
@@ -26,20 +26,6 @@ TARGETS = {
 }
 # Bytes that one program may use. The tables of sm_80 also serve consumer cards (sm_86, sm_89, sm_120): theirs holds.
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
-
-
-class Resources(NamedTuple):
-    """What one compiled kernel needs: registers and spilled bytes per thread, shared bytes per program.
-
-    `matrix_instruction` is the widest kind found in the code: wgmma, mma, mfma, or empty.
-    """
-
-    kernel: str
-    registers: int
-    spilled_bytes: int
-    shared_bytes: int
-    num_warps: int
-    matrix_instruction: str
 
 
 class _Offline:
@@ -62,26 +48,41 @@ class _Offline:
 
 
 @contextmanager
-def compiling_for(name: str) -> Iterator[list]:
-    """Launches compile for the target called `name` instead of running; the list receives the compiled kernels."""
-    compiled, run = [], JITFunction.run
+def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> Iterator[list]:
+    """Launches compile for the target called `name` instead of running; the list receives the compiled kernels.
+
+    Those whose content is `known` are not compiled: a `KnownKernel` takes their place.
+    """
+    compiled, run, compile_new = [], JITFunction.run, triton.compiler.compile
 
     def compile_only(self, *args, grid, warmup, **options):
+        # Kernels keep the compiler that they found at their first launch for a device.
+        self.compile = triton.compiler.compile
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         compiled.append(kernel)
         return kernel
 
-    JITFunction.run = compile_only
+    def compile_unknown(source, target, options, **others):
+        key = content_key(source, target, options)
+        if known and key in known:
+            return KnownKernel(key, known[key])
+        kernel = compile_new(source, target=target, options=options, **others)
+        kernel.content_key = key
+        return kernel
+
+    JITFunction.run, triton.compiler.compile = compile_only, compile_unknown
     driver.set_active(_Offline(name))
     try:
         yield compiled
     finally:
-        JITFunction.run = run
+        JITFunction.run, triton.compiler.compile = run, compile_new
         driver._active = None  # `reset_active` would look for a GPU
 
 
 def resources(kernel) -> Resources:
-    """Reads registers, spills, shared memory and matrix instructions from a compiled kernel."""
+    """Reads registers, spills, shared memory and matrix instructions from a compiled kernel, or says what is known."""
+    if isinstance(kernel, KnownKernel):
+        return kernel.resources
     read = _from_cubin if "cubin" in kernel.asm else _from_amdgcn
     registers, spilled, static_shared, instruction = read(kernel.asm)
     metadata = kernel.metadata

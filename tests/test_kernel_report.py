@@ -8,6 +8,8 @@ from helpers import ROOT, run_python
 
 
 OPERATIONS = sorted(path.stem.removeprefix("kernel_cases_") for path in (ROOT / "scripts").glob("kernel_cases_*.py"))
+TABLES = ROOT / "docs/benchmarks"
+NEWEST_TABLE, OLDEST_TABLE = TABLES / "kernel_resources.csv", TABLES / "kernel_resources_oldest_triton.csv"
 OLDEST_TRITON = re.search(r'triton = \["triton>=([\d.]+)', (ROOT / "pyproject.toml").read_text())[1] + ".0"
 
 # Whose half-precision products run on the asynchronous tensor cores of sm_90.
@@ -65,25 +67,74 @@ def test_the_report_sees_what_is_wrong(tmp_path):
     assert found[5] == "hot or tight: good spilling wide"
 
 
-def report(tmp_path, *arguments):
-    """The rows of a report that ended with status 0: no compile error, no spill where it counts, all fit."""
+# argv: the file for the rows of the good kernel, the table or nothing, how many cases are compiled all the same, and
+# what the compiler is to be: "new", or "gone".
+KNOWN = """
+import csv, sys
+from pathlib import Path
+import triton
+import kernel_report
+if sys.argv[4] == "gone":
+    def compile(*arguments, **options): raise SystemError("compiled")
+    triton.compiler.compile = compile
+known = Path(sys.argv[2]) if sys.argv[2] else None
+found = [row for row in kernel_report.rows("toy", "sm_90", True, known=known, recompile=int(sys.argv[3]))]
+with open(sys.argv[1], "w", newline="") as file:
+    writer = csv.DictWriter(file, kernel_report.COLUMNS)
+    writer.writeheader()
+    writer.writerow(found[0])
+print(found[0]["problem"] or "fine")
+"""
+
+
+def test_a_kernel_is_compiled_again_if_its_content_changed(tmp_path):
+    toy, table, again = tmp_path / "kernel_cases_toy.py", tmp_path / "table.csv", tmp_path / "again.csv"
+    cache = {"TRITON_CACHE_DIR": str(tmp_path / "cache"), "PYTHONPATH": f"{tmp_path}:{ROOT / 'scripts'}:{ROOT}"}
+
+    def problem(rows, known, recompile, compiler):
+        return run_python("-c", KNOWN, rows, known, recompile, compiler, environment=PLAIN | cache).strip()
+
+    toy.write_text(TOY)
+    assert problem(table, "", "0", "new") == "fine"
+    assert problem(again, table, "0", "gone") == "fine"
+    assert again.read_text() == table.read_text()
+    toy.write_text("# One more line.\n" + TOY)
+    assert problem(again, table, "0", "gone") == "fine"
+    toy.write_text(TOY.replace("b_acc +=", "b_acc -="))
+    assert problem(again, table, "0", "gone") == "SystemError: compiled"
+    toy.write_text(TOY)
+    row = next(csv.DictReader(table.open()))
+    table.write_text(table.read_text().replace(f"product,{row['registers']},", "product,1,"))
+    assert problem(again, table, "1", "new") == f"{table} says otherwise"
+
+
+def report(tmp_path, table, *arguments):
+    """The rows of a report that ended with status 0: no compile error, no spill where it counts, all fit.
+
+    Kernels of the table are not compiled again, but for the first case; so the table has to have them all, or the
+    tests of the next run would compile them all.
+    """
     rows = tmp_path / "rows.csv"
     run_python(
         ROOT / "scripts/kernel_report.py",
         *arguments,
-        *("--csv", rows),
+        *("--csv", rows, "--known", table, "--recompile", 1),
         environment=PLAIN | {"PYTHONPATH": str(ROOT)},
         timeout=900,
     )
-    with rows.open() as file:
-        return list(csv.DictReader(file))
+    found, known = (list(csv.DictReader(path.open())) for path in (rows, table))
+    if found[0]["triton"] == known[0]["triton"]:
+        missing = {row["case"] for row in found} - {row["case"] for row in known}
+        missing |= {row["case"] for row in found if row["key"] not in {row["key"] for row in known}}
+        assert not missing, f"changed since `make kernels`: {sorted(missing)}"
+    return found
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("target", ["sm_80", "sm_90", "gfx942"])
 @pytest.mark.parametrize("operation", OPERATIONS)
 def test_every_kernel_compiles_and_fits(tmp_path, operation, target):
-    rows = report(tmp_path, "--operations", operation, "--targets", target)
+    rows = report(tmp_path, NEWEST_TABLE, "--operations", operation, "--targets", target)
     assert any(row["hot"] == "True" for row in rows)
     assert all(int(row["registers"]) > 0 for row in rows)
     if target == "sm_90" and operation in ASYNCHRONOUS:
@@ -99,6 +150,6 @@ def test_the_oldest_triton_compiles_the_hot_and_the_tight_kernels(tmp_path, oper
     sake; by hand the command takes all three.
     """
     old = ("--hot-only", "--ignore-spills", "--targets", "sm_90", "--triton", OLDEST_TRITON)
-    rows = report(tmp_path, "--operations", operation, *old)
+    rows = report(tmp_path, OLDEST_TABLE, "--operations", operation, *old)
     hot = [row for row in rows if row["hot"] == "True"]
     assert hot and all(int(row["spilled_bytes"]) <= 64 for row in hot)
