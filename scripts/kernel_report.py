@@ -89,7 +89,7 @@ def rows(
             if case.hot and used.spilled_bytes and not ignore_spills:
                 problems.append("spills")
             if table.get(kernel.content_key, used) != used:
-                problems.append(f"{known} says otherwise")
+                problems.append(f"{known} says otherwise: delete it and run `make kernels`")
             found = {"triton": triton.__version__, "key": kernel.content_key, "problem": ", ".join(problems)}
             yield row | used._asdict() | found
 
@@ -115,7 +115,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--ignore-spills", action="store_true", help="say how much is spilled, but do not mind")
     parser.add_argument("--triton", metavar="VERSION", help="a Triton version other than the installed one")
-    parser.add_argument("--csv", type=Path, help="a file for the rows")
+    parser.add_argument("--csv", type=Path, help="a file for the rows of this run and no others")
     parser.add_argument("--known", type=Path, help="rows of an earlier run: their kernels are not compiled again")
     parser.add_argument("--recompile", type=int, default=0, help="cases of each operation and target that are, though")
     return parser.parse_args()

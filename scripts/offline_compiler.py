@@ -53,11 +53,12 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
 
     Those whose content is `known` are not compiled: a `KnownKernel` takes their place.
     """
-    compiled, run, compile_new = [], JITFunction.run, triton.compiler.compile
+    compiled, launched, run, compile_new = [], [], JITFunction.run, triton.compiler.compile
 
     def compile_only(self, *args, grid, warmup, **options):
-        # Kernels keep the compiler that they found at their first launch for a device.
-        self.compile = triton.compiler.compile
+        launched.append(self)
+        # A kernel keeps the compiler that it found at its first launch for a device.
+        self.compile = compile_unknown
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         compiled.append(kernel)
         return kernel
@@ -76,6 +77,9 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
         yield compiled
     finally:
         JITFunction.run, triton.compiler.compile = run, compile_new
+        for kernel in launched:
+            kernel.compile = compile_new
+            kernel.device_caches.pop(name, None)
         driver._active = None  # `reset_active` would look for a GPU
 
 

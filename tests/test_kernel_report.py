@@ -23,6 +23,12 @@ TOY = """
 import torch, triton, triton.language as tl
 from kernel_case import KernelCase
 
+FACTOR = tl.constexpr(2)
+
+@triton.jit
+def scaled(b_x):
+    return b_x * FACTOR
+
 @triton.jit
 def product(p_a, p_b, p_c, n_tiles, BLOCK: tl.constexpr):
     o = tl.arange(0, BLOCK)
@@ -30,7 +36,7 @@ def product(p_a, p_b, p_c, n_tiles, BLOCK: tl.constexpr):
     b_acc = tl.zeros([BLOCK, BLOCK], tl.float32)
     for i in range(n_tiles):
         b_acc += tl.dot(tl.load(p_a + i * BLOCK * BLOCK + o_tile), tl.load(p_b + i * BLOCK * BLOCK + o_tile))
-    tl.store(p_c + o_tile, b_acc)
+    tl.store(p_c + o_tile, scaled(b_acc))
 
 def launch(block, **options):
     tensors = [torch.empty(1024, 1024, device="meta", dtype=torch.bfloat16) for _ in range(3)]
@@ -100,12 +106,13 @@ def test_a_kernel_is_compiled_again_if_its_content_changed(tmp_path):
     assert again.read_text() == table.read_text()
     toy.write_text("# One more line.\n" + TOY)
     assert problem(again, table, "0", "gone") == "fine"
-    toy.write_text(TOY.replace("b_acc +=", "b_acc -="))
-    assert problem(again, table, "0", "gone") == "SystemError: compiled"
+    for changed in (TOY.replace("b_acc +=", "b_acc -="), TOY.replace("b_x *", "b_x +"), TOY.replace("(2)", "(3)")):
+        toy.write_text(changed)
+        assert problem(again, table, "0", "gone") == "SystemError: compiled"
     toy.write_text(TOY)
-    row = next(csv.DictReader(table.open()))
+    row = rows_of(table)[0]
     table.write_text(table.read_text().replace(f"product,{row['registers']},", "product,1,"))
-    assert problem(again, table, "1", "new") == f"{table} says otherwise"
+    assert problem(again, table, "1", "new") == f"{table} says otherwise: delete it and run `make kernels`"
 
 
 def report(tmp_path, table, *arguments):
@@ -122,12 +129,24 @@ def report(tmp_path, table, *arguments):
         environment=PLAIN | {"PYTHONPATH": str(ROOT)},
         timeout=900,
     )
-    found, known = (list(csv.DictReader(path.open())) for path in (rows, table))
+    found, known = rows_of(rows), rows_of(table)
     if found[0]["triton"] == known[0]["triton"]:
-        missing = {row["case"] for row in found} - {row["case"] for row in known}
-        missing |= {row["case"] for row in found if row["key"] not in {row["key"] for row in known}}
-        assert not missing, f"changed since `make kernels`: {sorted(missing)}"
+        kinds = {(row["operation"], row["target"]) for row in found}
+        expected = [row for row in known if (row["operation"], row["target"]) in kinds]
+        assert found == expected, f"kernels or cases have changed: `make kernels` writes {table}"
     return found
+
+
+def rows_of(table):
+    with table.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_the_tables_are_of_both_ends_of_the_range():
+    pinned = re.search(r"^triton==(.+)$", (ROOT / "constraints.txt").read_text(), re.MULTILINE)[1]
+    for table, version in ((NEWEST_TABLE, pinned), (OLDEST_TABLE, OLDEST_TRITON)):
+        assert {row["triton"] for row in rows_of(table)} == {version}, table
+    assert f"--triton {OLDEST_TRITON} " in (ROOT / "Makefile").read_text()
 
 
 @pytest.mark.slow

@@ -17,6 +17,7 @@ from .eager_features import ChunkFeatures, Scratch
 from .state import LinearAttentionState
 
 
+# Rows whose features are added up by one product.
 ROWS_OF_A_SUM = 64
 
 
@@ -53,7 +54,8 @@ class _Memory:
 def _weighted_sum(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
     """`Σ_j w_j φ_j` of weights `[BH, C]` and features `[BH, C, M]`.
 
-    Some processors add up a row times a matrix row by row: of 64 at a time that costs no digits worth speaking of.
+    Some processors add up a row times a matrix row by row. Features are positive, so that their sum grows with every
+    row and each loses more of its digits; a sum of 64 rows loses few.
     """
     heads, rows, size = features.shape
     blocks, rest = divmod(rows, ROWS_OF_A_SUM)

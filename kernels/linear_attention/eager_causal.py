@@ -8,8 +8,9 @@ the key's scale and `m_i` the running maximum of the scales; the keys before the
     N̄ = A V̄ + exp(m₀ - m) ∘ (Q̂ S̄),      S̄ ← exp(m₀ - m_C) S̄ + K̂ᵀ (exp(s - m_C) ∘ V̄),      V̄ = [V, 1]
 
 The column of ones makes the denominators. `D` and all the exponentials are at most 1, and row i uses nothing of a
-later row. The blocks of a chunk go through every product together; one after the other they only add up the states
-between them. So the weights cost as little as their block is short, and the operators are as few as the chunk is long.
+later row. The blocks of a chunk go through features and weights together; one after the other they read the state and
+advance it, or in the backward pass, which needs all states at once, add up those between them. So the weights cost as
+little as their block is short, and the operators are few where the chunk is long.
 
 Tensors are flat over batch, heads and blocks (B·H·G first), states over batch and heads.
 """
@@ -101,12 +102,12 @@ def _by_block(tensor, scales: _Scales) -> tuple[torch.Tensor, ...]:
     return tensor.unflatten(0, scales.across.shape[:2]).unbind(1)
 
 
-def _states_before(memory, products, scales: _Scales, scratch: Scratch, name: str = "before") -> torch.Tensor:
+def _states_before(memory, products, scales: _Scales, scratch: Scratch) -> torch.Tensor:
     """The states before the blocks of a chunk, given the one before the chunk and what each block adds to it."""
     across = scales.across.unbind(1)
     if len(across) == 1:
         return memory
-    before = scratch(name, *products.shape)
+    before = scratch("before", *products.shape)
     _add_up(memory, _by_block(products, scales), across, _by_block(before, scales))
     return before
 
