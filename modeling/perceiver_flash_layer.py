@@ -89,7 +89,8 @@ class PerceiverFlashAttention(nn.Module):
             return self.o_proj(attended.flatten(2)), None
         attended, weights = attend(self, query, key, value, attention_mask.mask, **kwargs)
         if attention_mask.sighted is not None:
-            attended = attended * attention_mask.sighted.to(attended.dtype)
+            # Not a product: of a row that sees nothing, flex attention makes NaN on some processors.
+            attended = torch.where(attention_mask.sighted, attended, 0)
         # Only eager attention gives weights: what flex attention returns beside its output is something else.
         return self.o_proj(attended.flatten(2)), weights if attend is eager_attention else None
 

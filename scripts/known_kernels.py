@@ -2,7 +2,7 @@
 
 The content is the source of the kernel and of every function that it calls, the types and constants that it was
 specialised for, the options, the target and Triton's version. Where a kernel stands in its file is not part of it, nor
-is how its resources are read (`offline_compiler.resources`): when that changes, delete the tables, then `make kernels`.
+is how its resources are read (`offline_compiler.resources`): when that changes, delete the tables, `make kernels`.
 """
 
 import csv
