@@ -149,6 +149,9 @@ def test_saved_and_loaded_to_the_bit(tmp_path):
     model = make("mean and variance")
     model.save_pretrained(tmp_path)
     again = XTransformerForContinuousPrediction.from_pretrained(tmp_path, dtype=torch.float64)
+    for parameter in again.parameters():
+        # Weights stand in the mapped file at any address, and on some processors MKL's sums depend on where.
+        parameter.data = parameter.data.clone()
     assert torch.equal(again(vectors()).variance, model(vectors()).variance)
 
 
