@@ -10,9 +10,9 @@ One row per compiled kernel: registers per thread, bytes spilled per thread, sha
 instruction found. Ends with status 1 if a kernel does not compile, needs more shared memory than its target has, or
 spills in a hot configuration.
 
-All of it takes most of an hour on one core, so what the compiler said is kept in tables (`known_kernels.py`): with
-`--known` a kernel whose content stands there is not compiled again, but for those of the first `--recompile` cases of
-each operation and target, of which it is a problem if the table says otherwise.
+One operation for one target took up to 705 s on a core of an EPYC, so what the compiler said is kept in tables
+(`known_kernels.py`): with `--known` a kernel whose content stands there is not compiled again, but for those of the
+first `--recompile` cases of each operation and target, of which it is a problem if the table says otherwise.
 """
 
 import argparse

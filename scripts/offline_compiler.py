@@ -57,8 +57,6 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
 
     def compile_only(self, *args, grid, warmup, **options):
         launched.append(self)
-        # A kernel keeps the compiler that it found at its first launch for a device.
-        self.compile = compile_unknown
         kernel = run(self, *args, grid=grid, warmup=True, **options)
         compiled.append(kernel)
         return kernel
@@ -77,8 +75,7 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
         yield compiled
     finally:
         JITFunction.run, triton.compiler.compile = run, compile_new
-        for kernel in launched:
-            kernel.compile = compile_new
+        for kernel in launched:  # each looks for its compiler when it is first launched for a device
             kernel.device_caches.pop(name, None)
         driver._active = None  # `reset_active` would look for a GPU
 

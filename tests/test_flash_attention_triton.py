@@ -40,8 +40,8 @@ def two_heads(monkeypatch):
 def products_without_an_order(monkeypatch):
     """The interpreter's products as exact sums, rounded once.
 
-    The backward pass forms a logit again from operands in another order. A GPU adds it up alike; numpy does not on
-    every processor (on an EPYC it does not), and of logits of hundreds the last digits decide about a weight.
+    The backward pass forms a logit again from operands in another order. Numpy does not add it up alike on every
+    processor (on an EPYC it does not), and of logits of hundreds the last digits decide about a weight.
     """
     if DEVICE != "cpu":
         return

@@ -84,7 +84,7 @@ if sys.argv[4] == "gone":
     def compile(*arguments, **options): raise SystemError("compiled")
     triton.compiler.compile = compile
 known = Path(sys.argv[2]) if sys.argv[2] else None
-found = [row for row in kernel_report.rows("toy", "sm_90", True, known=known, recompile=int(sys.argv[3]))]
+found = list(kernel_report.rows("toy", "sm_90", True, known=known, recompile=int(sys.argv[3])))
 with open(sys.argv[1], "w", newline="") as file:
     writer = csv.DictWriter(file, kernel_report.COLUMNS)
     writer.writeheader()
