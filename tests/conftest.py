@@ -1,5 +1,6 @@
 """What every test relies on: set before transformers or a kernel is imported, hence at the top of this file."""
 
+import importlib.util
 import os
 import random
 import shutil
@@ -36,6 +37,11 @@ if UNDER_XDIST:
 
 from matrix_page import MatrixPage, head_of  # noqa: E402
 from matrix_recorder import MatrixRecorder, note_cells  # noqa: E402
+from triton_interpreter import patch_once_per_launch  # noqa: E402
+
+
+if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
+    patch_once_per_launch()
 
 
 def pytest_addoption(parser):
