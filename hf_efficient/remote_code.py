@@ -18,6 +18,7 @@ import os
 import re
 import sys
 import tempfile
+from functools import cache
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
@@ -114,7 +115,7 @@ def travelling(architecture: Architecture, class_names=()) -> tuple[dict[str, st
             raise RemoteCodeError(f"{origins[module.flat_name]} and {module.name} would both be {module.flat_name}.py")
         if module.name in texts:
             continue
-        texts[module.name], needed = _flatten_module(module)
+        texts[module.name], needed = _flatten_module(module, module.path.read_bytes())
         to_do.extend(needed)
 
     models = {
@@ -133,9 +134,10 @@ def _find(name: str) -> _Module:
     return _Module(name, Path(spec.origin))
 
 
-def _flatten_module(module: _Module) -> tuple[str, list[str]]:
+# A model's code is parsed for its first checkpoint; those after it find every module as it was.
+@cache
+def _flatten_module(module: _Module, source: bytes) -> tuple[str, tuple[str, ...]]:
     """The text of one module for the flat folder, and the names of the modules it needs."""
-    source = module.path.read_bytes()
     tree = ast.parse(source, module.path)
     line_starts = [0]
     for line in source.splitlines(keepends=True):
@@ -159,7 +161,7 @@ def _flatten_module(module: _Module) -> tuple[str, list[str]]:
         source = source[:start] + replacement + source[end:]
     text = _origin(module) + source.decode()
     _check_what_transformers_sees(module, text, needed)
-    return text, needed
+    return text, tuple(needed)
 
 
 def _imports(node: ast.AST, guarded: bool = False):

@@ -170,7 +170,7 @@ def measure_perceivers(arguments, collect) -> None:
     quick, repeats = arguments.quick, arguments.repeats
     if "perceiver" in arguments.only:
         for length in arguments.lengths if quick else PERCEIVER_LENGTHS:
-            collect(measure_features(length, repeats, peers=not quick))
+            collect(measure_features(length, repeats, quick))
     if "perceiver-chunks" in arguments.only:
         collect(measure_chunks(max(arguments.lengths) if quick else CHUNKED_LENGTH, repeats))
         if not quick:

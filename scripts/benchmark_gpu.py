@@ -83,7 +83,8 @@ def rows_of(work: Work, device: torch.device, rates: Rates, repeats: int) -> Ite
             continue
         finally:
             call, replay = None, None
-            gc.collect()
+            if on_gpu(device):
+                gc.collect()
         factor = BACKWARD if mode == MODES[1] else 1
         floor = max(factor * work.operations / rates.matrix, (3 if factor > 1 else 1) * work.bytes / rates.bandwidth)
         for name, times in samples.items():

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from benchmark_gpu_work import on_gpu
 from benchmark_measure import Row, peer_version, summary
-from benchmark_perceiver import WIDTH, ours, perceiver_pytorch
+from benchmark_perceiver import QUICK_SIZES, WIDTH, ours, perceiver_pytorch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LongT5Config, LongT5EncoderModel
 
@@ -91,10 +91,10 @@ def measure_encoders(length: int, device: torch.device, repeats: int, time) -> I
 def measure_perceivers(length: int, device: torch.device, repeats: int, time) -> Iterator[Row]:
     """The Perceivers of `benchmark_perceiver.py`; forward and backward in autocast."""
     length *= INPUTS_PER_TOKEN
-    rows = PERCEIVER_ROWS if on_gpu(device) else 1
+    rows, sizes = (PERCEIVER_ROWS, {}) if on_gpu(device) else (1, QUICK_SIZES)
     inputs = torch.randn(rows, length, WIDTH, device=device)
     with device:
-        models = {"ours": ours(), "perceiver-pytorch": perceiver_pytorch()}
+        models = {"ours": ours(**sizes), "perceiver-pytorch": perceiver_pytorch(**sizes)}
     for name, model in models.items():
         run = _reader(model, inputs, name == "ours")
         samples = time(_mean_square_step(model, device, run), device, repeats)

@@ -24,22 +24,27 @@ from hf_efficient.conversion.transformers_perceiver import convert_transformers_
 
 PEER, AT_ONCE = "perceiver-pytorch", "ours-at-once"
 WIDTH, LATENTS, LATENT_WIDTH = 128, 256, 512
+QUICK_SIZES = {"latents": 16, "width": 64}
 QUICK_LANGUAGE = {"d_latents": 64, "d_model": 32, "num_latents": 16, "num_self_attends_per_block": 1}
 LANGUAGE = {"qk_channels": 256, "v_channels": 1280}
 
 
-def measure_features(length: int, repeats: int, peers: bool = True, only: str | None = None) -> Iterator[Row]:
-    """Forward, and forward with backward, over `length` inputs; of all providers, or of one."""
+def measure_features(length: int, repeats: int, quick: bool = False, only: str | None = None) -> Iterator[Row]:
+    """Forward, and forward with backward, over `length` inputs; of all providers, or of one.
+
+    `quick` is tiny and leaves perceiver-pytorch out.
+    """
     torch.manual_seed(0)
     inputs = torch.randn(1, length, WIDTH)
-    original = transformers_perceiver()
+    sizes = QUICK_SIZES if quick else {}
+    original = transformers_perceiver(**sizes)
     models = {
-        "ours": (ours(), True),
-        AT_ONCE: (ours(cross_attention_chunk_size=None), True),
+        "ours": (ours(**sizes), True),
+        AT_ONCE: (ours(**sizes, cross_attention_chunk_size=None), True),
         "transformers": (original, True),
         "ours-converted": (convert_transformers_perceiver(original)[0], True),
     }
-    if peers:
+    if not quick:
         models[PEER] = (perceiver_pytorch(), False)
     if only is not None:
         models = {only: models[only]}
@@ -80,12 +85,12 @@ def measure_chunks(length: int, repeats: int, whole: bool = True) -> Iterator[Ro
     yield from _rows("perceiver_flash_chunks", calls, True, length, repeats, models)
 
 
-def ours(**options) -> nn.Module:
+def ours(latents: int = LATENTS, width: int = LATENT_WIDTH, **options) -> nn.Module:
     """As perceiver-pytorch's: GEGLU, eight heads of 64."""
     return _features_model(
         input_size=WIDTH,
-        hidden_size=LATENT_WIDTH,
-        num_latents=LATENTS,
+        hidden_size=width,
+        num_latents=latents,
         num_self_attention_layers=4,
         gated_feed_forward=True,
         **options,
@@ -97,7 +102,7 @@ def _features_model(**options) -> nn.Module:
     return PerceiverFlashModel._from_config(config, attn_implementation="sdpa").train()
 
 
-def perceiver_pytorch() -> nn.Module:
+def perceiver_pytorch(latents: int = LATENTS, width: int = LATENT_WIDTH) -> nn.Module:
     from perceiver_pytorch import Perceiver
 
     return Perceiver(
@@ -109,18 +114,18 @@ def perceiver_pytorch() -> nn.Module:
         depth=1,
         self_per_cross_attn=4,
         cross_heads=8,
-        num_latents=LATENTS,
-        latent_dim=LATENT_WIDTH,
+        num_latents=latents,
+        latent_dim=width,
         final_classifier_head=False,
     ).train()
 
 
-def transformers_perceiver() -> nn.Module:
+def transformers_perceiver(latents: int = LATENTS, width: int = LATENT_WIDTH) -> nn.Module:
     """The same blocks, without gates; the cross-attention is as wide as the input. Its dropout is off."""
     config = PerceiverConfig(
         d_model=WIDTH,
-        d_latents=LATENT_WIDTH,
-        num_latents=LATENTS,
+        d_latents=width,
+        num_latents=latents,
         num_self_attends_per_block=4,
         self_attention_widening_factor=4,
         cross_attention_widening_factor=4,
