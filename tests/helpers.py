@@ -9,6 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from warm_process import WarmProcess
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -24,6 +25,8 @@ class _Hiding:
         return self.finder.find_spec(name, path, target)
 sys.meta_path[:] = [_Hiding(finder) for finder in sys.meta_path]
 """
+WITHOUT_THE_PACKAGE = ("hf_efficient",)
+_warm = WarmProcess(_HIDE.format(hidden=set(WITHOUT_THE_PACKAGE)))
 
 
 def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, name: str) -> None:
@@ -62,7 +65,7 @@ def _ulp(value: float, dtype: torch.dtype) -> float:
 def subprocess_without_package(
     code: str,
     *arguments: object,
-    hidden: tuple[str, ...] = ("hf_efficient",),
+    hidden: tuple[str, ...] = WITHOUT_THE_PACKAGE,
     environment: dict[str, str] | None = None,
     timeout: float = 300,
 ) -> str:
@@ -70,8 +73,13 @@ def subprocess_without_package(
 
     The process is isolated (`python -I`: no PYTHONPATH, no working directory on the path) and starts in an empty
     folder. Returns what it printed; fails the test with its standard error if it does not end well.
+
+    It may be the fork of a process that imported torch and transformers, but never hf_efficient (warm_process.py);
+    with other packages hidden, or in another environment, it is started from nothing.
     """
     with tempfile.TemporaryDirectory() as empty:
+        if hidden == WITHOUT_THE_PACKAGE and not environment and _warm.fits(os.environ):
+            return _output(*_warm.run(code, tuple(map(str, arguments)), empty, timeout))
         return run_python(
             "-I",
             "-c",
@@ -100,5 +108,9 @@ def run_python(
         text=True,
         timeout=timeout,
     )
-    assert finished.returncode == 0, f"python ended with {finished.returncode}:\n{finished.stdout}\n{finished.stderr}"
-    return finished.stdout
+    return _output(finished.returncode, finished.stdout, finished.stderr)
+
+
+def _output(status: int, stdout: str, stderr: str) -> str:
+    assert status == 0, f"python ended with {status}:\n{stdout}\n{stderr}"
+    return stdout

@@ -1,10 +1,13 @@
 """The helpers that other tests rely on can say no."""
 
 import math
+import os
+import subprocess
 
 import pytest
 import torch
 from helpers import assert_within_budget, run_python, subprocess_without_package
+from warm_process import WarmProcess
 
 
 def test_the_budget_is_twice_the_eager_error_plus_one_ulp():
@@ -71,3 +74,25 @@ print(*sys.argv[1:])
 def test_a_failing_process_fails_the_test_with_its_error():
     with pytest.raises(AssertionError, match="ZeroDivisionError"):
         run_python("-c", "1 / 0")
+
+
+def test_forks_of_a_warm_process_know_nothing_of_each_other(tmp_path):
+    warm = WarmProcess("import sys, unittest.mock\nsys.modules['transformers'] = unittest.mock.Mock()\n")  # saves time
+    change = "import os, sys, torch\nos.environ['LEFT'] = 'behind'\ntorch.left = 1\nprint(os.getpid(), *sys.argv[1:])"
+    look = "import os, torch\nprint(os.getpid(), hasattr(torch, 'left'), 'LEFT' in os.environ, os.getcwd())"
+    try:
+        status, first, _ = warm.run(change, ("an argument",), str(tmp_path), 60)
+        assert status == 0 and first.endswith(" an argument\n")
+        status, second, _ = warm.run(look, (), str(tmp_path), 60)
+        assert second.split()[1:] == ["False", "False", str(tmp_path)] and first.split()[0] != second.split()[0]
+
+        status, _, error = warm.run("1 / 0", (), str(tmp_path), 60)
+        assert status == 1 and "ZeroDivisionError" in error
+        assert warm.run("import sys; sys.exit(3)", (), str(tmp_path), 60)[0] == 3
+        assert warm.fits(os.environ) and not warm.fits(os.environ | {"HF_HOME": "elsewhere"})
+
+        with pytest.raises(subprocess.TimeoutExpired):
+            warm.run("import time; time.sleep(60)", (), str(tmp_path), 0.5)
+        assert warm.run("print(1)", (), str(tmp_path), 60)[:2] == (0, "1\n")  # by a server of its own
+    finally:
+        warm.stop()

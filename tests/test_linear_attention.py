@@ -101,7 +101,7 @@ def test_chunked_is_the_reference_in_double(name, causal, length):
 @some_maps
 @causal_or_not
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
-@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300, 1000])
+@pytest.mark.parametrize("length", [1, 2, 127, 128, 129, 300, 600])
 def test_chunked_within_budget(name, causal, dtype, length):
     inputs = make_inputs(name, length, dtype=dtype, batch=2 if length > 100 else 8)
     feature_map = make_map(name, 8)

@@ -121,7 +121,14 @@ def test_an_init_file_in_kernels_is_what_shadows(checkout, installed_kernels):
 @pytest.mark.parametrize("way", ["pytest", "python -m pytest"])
 def test_a_plain_checkout_works_under_pytest(checkout, installed_kernels, way, with_kernels):
     (checkout / "tests").mkdir()
-    for file in ("conftest.py", "helpers.py", "matrix_page.py", "matrix_recorder.py", "triton_interpreter.py"):
+    for file in (
+        "conftest.py",
+        "helpers.py",
+        "matrix_page.py",
+        "matrix_recorder.py",
+        "triton_interpreter.py",
+        "warm_process.py",
+    ):
         shutil.copy(ROOT / "tests" / file, checkout / "tests")
     body = (USE + KERNELS * with_kernels).replace("\n", "\n    ")
     (checkout / "tests/test_use.py").write_text(f"import helpers\n\n\ndef test_use():\n    {body}\n")

@@ -18,6 +18,9 @@ import torch.multiprocessing
 # Longer than any of the tests takes with four ranks on two cores, short enough to notice a deadlock.
 DEADLINE_SECONDS = 300
 
+# What every rank imports: what the mixins need, and our models.
+PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "transformers.testing_utils", "hf_efficient"]
+
 
 def _get_distributed_device_type() -> str:
     return "cpu"
@@ -40,7 +43,7 @@ def _start_rank_processes(function, args=(), nprocs=1) -> None:
     """Calls `function(rank, *args)` in `nprocs` processes; raises what the first failing one raised."""
     # One server process imports torch and transformers once and forks the ranks: a spawned rank would import both
     # again, which takes longer than most of the tests, and a rank forked from here would inherit our threads' locks.
-    multiprocessing.set_forkserver_preload(["torch.distributed.tensor", "transformers.models.auto", "pytest"])
+    multiprocessing.set_forkserver_preload(PRELOADED)
     ranks = torch.multiprocessing.start_processes(
         function, args=args, nprocs=nprocs, join=False, start_method="forkserver"
     )
