@@ -34,6 +34,7 @@ QUICK_TESTS = {
     "soft_topk": ["tests/test_soft_topk.py::test_exact_reference_solves_the_equation"],
     "flash_attention": ["tests/test_flash_attention.py::test_the_public_function_is_the_reference"],
 }
+OPTIONS, QUICK_OPTIONS = ["-m", "not slow", "-n", "auto", "--dist", "worksteal"], ["-m", "not slow"]
 # The kernels, compiled. Most of the time goes into compiling, so several processes share the tests.
 GPU_TESTS = {op: [f"tests/test_{op}_triton*.py"] for op in ("linear_attention", "soft_topk", "flash_attention")}
 GPU_OPTIONS = ["-n", "8", "--dist", "worksteal"]
@@ -58,7 +59,7 @@ def require_green(ops: list[str], quick: bool = False, on_gpu: bool = False) -> 
         print(f"tests of {', '.join(ops)}: these sources passed before")
         return
     print(f"tests of {', '.join(ops)}: running", flush=True)
-    options = GPU_OPTIONS if on_gpu else ["-m", "not slow"]
+    options = GPU_OPTIONS if on_gpu else QUICK_OPTIONS if quick else OPTIONS
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", *options, *tests]
     finished = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if finished.returncode:
