@@ -6,19 +6,14 @@ size length × features is ever stored; the backward pass computes the features 
     S̄ ← exp(m₀ - m) S̄ + K̂ᵀ (exp(s - m) ∘ V̄),      V̄ = [V, 1],      N̄ = Q̂ S̄
 
 relative to the running maximum `m` of the keys' scales `s`, and then the queries read it. The column of ones makes the
-denominators; they are computed apart, because a product with 65 columns takes a fifth longer than one with 64.
-
-Features are left bare (eager_features.py): `K̂ = E / t + ε` and `Q̂ = F + ε` are sums with a matrix of equal rows, so
-
-    K̂ᵀ W = Eᵀ (W / t) + ε 1 (1ᵀ W),      Q̂ S = F S + ε 1 (1ᵀ S)
-
-and only a row of sums takes the place of passes over the features.
+denominators; the forward pass computes them apart, because a product with 65 columns takes a fifth longer than one
+with 64.
 """
 
 import torch
 
 from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, rows_at_a_time, scaled_rows, store_quotient
-from .eager_features import ChunkFeatures, Features, Scratch
+from .eager_features import ChunkFeatures, Scratch
 from .state import LinearAttentionState
 
 
@@ -42,35 +37,18 @@ class _Memory:
             t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state
         )
 
-    def add(self, features: Features, values: torch.Tensor, keep: torch.Tensor | None, epsilon: float) -> None:
-        """Add the keys of a chunk, those that count by `keep` `[BH, C]`."""
-        end = torch.maximum(features.log_scale.amax(dim=-1), self.scale)
-        weights, decay = torch.exp(features.log_scale - end[:, None]), torch.exp(self.scale - end)
-        if keep is not None:
-            # By hand: beside no other key, the scale of one that does not count would be the largest.
-            weights = torch.where(keep, weights, 0)
-        bare = weights if features.total is None else weights / features.total.squeeze(-1)
-        rows = values * bare[..., None]
-        floor = _weighted_sum(weights, values).mul_(epsilon) if epsilon else None
+    def add(self, features: torch.Tensor, log_scale: torch.Tensor, values: torch.Tensor, end: torch.Tensor) -> None:
+        """Add the keys of a chunk; `end` is the scale behind them."""
+        weights, decay = torch.exp(log_scale - end[:, None]), torch.exp(self.scale - end)
         # The product is a sum of its own: added row by row, it would lose digits.
-        product = _product_and_row(features.values.mT, rows, floor, out=self.product)
-        torch.addcmul(product, self.values, decay[:, None, None], out=self.values)
-        sums = _weighted_sum(bare, features.values)
-        if epsilon:
-            sums.add_(weights.sum(dim=-1, keepdim=True), alpha=epsilon)
-        torch.addcmul(sums, self.sums, decay[:, None], out=self.sums)
+        torch.bmm(features.mT, values * weights[..., None], out=self.product)
+        torch.addcmul(self.product, self.values, decay[:, None, None], out=self.values)
+        torch.addcmul(_weighted_sum(weights, features), self.sums, decay[:, None], out=self.sums)
         self.scale = end
 
     def state(self, batch_and_heads) -> LinearAttentionState:
         tensors = (self.values, self.sums, self.scale.clone())
         return LinearAttentionState(*(t.unflatten(0, batch_and_heads) for t in tensors))
-
-
-def _product_and_row(left: torch.Tensor, right: torch.Tensor, row: torch.Tensor | None, out: torch.Tensor):
-    """`left @ right`, plus `row` `[BH, V]` in each of its rows if there is one."""
-    if row is None:
-        return torch.bmm(left, right, out=out)
-    return torch.baddbmm(row[:, None].expand_as(out), left, right, out=out)
 
 
 def _weighted_sum(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -94,10 +72,10 @@ def bidirectional_forward(query, key, value, feature_map, mask, state):
     """Output, final state and denominators; the keys may be of another length than the queries."""
     inputs = Inputs.of(query, key, value, mask, state.key_value.dtype)
     scratch = Scratch(state.key_value)
-    chunk_features, memory = ChunkFeatures(feature_map, scratch, bare=True), _Memory(state, scratch)
+    chunk_features, memory = ChunkFeatures(feature_map, scratch), _Memory(state, scratch)
     for here in _chunks(key):
-        features, keep = inputs.keys(here, chunk_features)[1], None if inputs.keep is None else inputs.keep[:, here]
-        memory.add(features, inputs.values(here), keep, feature_map.epsilon)
+        _, (k, log_scale, *_) = inputs.keys(here, chunk_features)
+        memory.add(k, log_scale, inputs.values(here), torch.maximum(log_scale.amax(dim=-1), memory.scale))
     new_state = memory.state(query.shape[:2])
     output, denominators = _read_state(query, chunk_features, new_state, scratch)
     return output, new_state, denominators
@@ -109,15 +87,12 @@ def _read_state(query, chunk_features: ChunkFeatures, state, scratch: Scratch):
     output = memory.new_empty(*query.shape[:3], memory.shape[-1])
     flat_output = output.flatten(0, 1)
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
-    epsilon = chunk_features.epsilon
-    floor = memory.sum(dim=1).mul_(epsilon) if epsilon else None
-    floor_of_sums = sums.sum(dim=-1, keepdim=True).mul_(epsilon)
     for here in _chunks(query):
         rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
         q = chunk_features.queries(rows).values
         # As a row times a matrix, which takes a sixth of the time of a matrix times a column.
-        denominator = torch.bmm(sums[:, None], q.mT).squeeze(1).add_(floor_of_sums)
-        numerator = _product_and_row(q, memory, floor, out=scratch("numerator", *q.shape[:2], memory.shape[2]))
+        denominator = torch.bmm(sums[:, None], q.mT).squeeze(1)
+        numerator = torch.bmm(q, memory, out=scratch("numerator", *q.shape[:2], memory.shape[2]))
         store_quotient(flat_output, denominators, here, numerator, denominator)
     return output, denominators
 
@@ -141,31 +116,22 @@ def bidirectional_backward(
     inputs = Inputs.of(query, key, value, mask, dtype)
     input_grads = InputGrads(inputs, feature_map, wanted)
     scratch, ones = Scratch(denominators), denominators.new_ones(1)
-    chunk_features, epsilon = ChunkFeatures(feature_map, scratch, bare=True), feature_map.epsilon
+    chunk_features = ChunkFeatures(feature_map, scratch)
     memory, maximum = joint_sums(*state[:2]), state.log_scale.flatten()
-    grad_values, grad_sums = (grad.flatten(0, 1).to(dtype, copy=True) for grad in grad_state)
-    grad_floor = memory.new_zeros(memory.shape[0], memory.shape[2])
+    grad_memory = joint_sums(*grad_state).to(dtype)
     for here in _chunks(query):
         rows = inputs.rows("query", here)
         features = chunk_features.queries(rows, for_backward=True)
         grads = quotient_grads(grad_output, output, denominators, here, scratch)
-        grad_values.add_(torch.bmm(features.values.mT, grads[..., :-1], out=scratch("memory", *grad_values.shape)))
-        grad_sums.add_(_weighted_sum(grads[..., -1], features.values))
-        grad_floor.add_(grads.sum(dim=1))
+        grad_memory.add_(torch.bmm(features.values.mT, grads, out=scratch("memory", *memory.shape)))
         grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *features.values.shape))
         input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows), rows)
-    grad_memory = torch.cat([grad_values, grad_sums[..., None]], dim=-1).add_(grad_floor[:, None], alpha=epsilon)
-    grad_values = grad_memory[..., :-1]
-    floor = epsilon * grad_values.sum(dim=1, keepdim=True)
     for here in _chunks(key):
         rows, features = inputs.keys(here, chunk_features, for_backward=True)
         to_end = torch.exp(features.log_scale - maximum[:, None])[..., None]
-        bare = to_end if features.total is None else to_end / features.total
         v = inputs.values(here)
-        grad_v = torch.bmm(features.values, grad_values, out=scratch("grad_value", *v.shape)).mul_(bare)
-        if epsilon:
-            grad_v.addcmul_(to_end, floor)
-        rows_with_ones = scaled_rows(v, ones, bare, scratch("rows", *v.shape[:2], memory.shape[-1]))
+        grad_v = torch.bmm(features.values, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
+        rows_with_ones = scaled_rows(v, ones, to_end, scratch("rows", *v.shape[:2], memory.shape[-1]))
         grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *features.values.shape))
         input_grads.store_key_value(here, *chunk_features.backward(features, grad_k, rows), rows, grad_v)
     shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]

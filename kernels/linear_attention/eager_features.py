@@ -18,8 +18,6 @@ class Features(NamedTuple):
     values: torch.Tensor
     log_scale: torch.Tensor | None = None
     logits: torch.Tensor | None = None
-    # What bare values of keys are to be divided by, `[BH, C, 1]`; None for 1.
-    total: torch.Tensor | None = None
 
 
 class Scratch:
@@ -49,13 +47,10 @@ class ChunkFeatures:
     """`feature_maps.query_features` and `key_features` of one map.
 
     In place wherever nothing else needs the tensor. What is returned is good until the same method is called again.
-
-    `bare` leaves out what a sum over rows can be given afterwards, at the cost of a row instead of a pass over the
-    features: the floor `ε`, and a key's division by `Features.total`.
     """
 
-    def __init__(self, feature_map: FeatureMap, scratch: Scratch, bare: bool = False):
-        self.scratch, self.bare = scratch, bare
+    def __init__(self, feature_map: FeatureMap, scratch: Scratch):
+        self.scratch = scratch
         self.function, projection, self.bias, self.scale, self.epsilon, subtract_norm = feature_map
         # Scaled once for all chunks.
         self.projection = None if projection is None else projection * self.scale
@@ -67,7 +62,7 @@ class ChunkFeatures:
             return self._pointwise("query", rows, for_backward)
         logits = self._logits("query", rows)
         values = torch.softmax(logits, dim=-1, out=logits)  # in place: a number is read before it is written to
-        return Features(self._with_floor(values))
+        return Features(values.add_(self.epsilon) if self.epsilon else values)
 
     def keys(self, rows: torch.Tensor, for_backward: bool = False) -> Features:
         """Features of `rows` `[BH, C, D]` relative to `exp(log_scale)`."""
@@ -77,15 +72,11 @@ class ChunkFeatures:
         largest = logits.amax(dim=-1, keepdim=True)
         values = logits.sub_(largest).exp_()
         total = values.sum(dim=-1, keepdim=True)
-        log_scale = total.log().add_(largest).squeeze(-1)
+        values.mul_(total.reciprocal())
+        log_scale = total.log_().add_(largest).squeeze(-1)
         if self.subtract_norm:
             log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * self.scale**2)
-        if self.bare:
-            return Features(values, log_scale, total=total)
-        return Features(self._with_floor(values.mul_(total.reciprocal_())), log_scale)
-
-    def _with_floor(self, values):
-        return values.add_(self.epsilon) if self.epsilon and not self.bare else values
+        return Features(values.add_(self.epsilon) if self.epsilon else values, log_scale)
 
     def _logits(self, name, rows):
         if self.projection is None:
@@ -97,26 +88,27 @@ class ChunkFeatures:
 
     def _pointwise(self, name, rows, for_backward):
         logits = self._logits(name, rows)
-        # A ReLU's features also say where its derivative is 1; with a floor, but for logits lost in its last digit.
+        # A ReLU's features also say where its derivative is 1, but for logits that are lost in epsilon's last digit.
         in_place = self.function == "relu"
         values = logits.relu_() if in_place else POINTWISE_FUNCTIONS[self.function].value(logits)
-        return Features(self._with_floor(values), logits=logits if for_backward and not in_place else None)
+        values = values.add_(self.epsilon) if self.epsilon else values
+        return Features(values, logits=logits if for_backward and not in_place else None)
 
     def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor):
         """Gradients of `rows` and of the logits, given that of the features; `grad` and `features` are used up.
 
-        Of bare keys, `grad` is divided by their total.
         A query's features are free up to a factor per row, and a key's factor is in its scale, so in both cases
         `exp(l)` may be derived as if nothing had been taken from `l`.
         """
         if self.function == "relu":
-            floor = 0 if self.bare else self.epsilon
-            grad_logits = torch.ops.aten.threshold_backward.grad_input(grad, features.values, floor, grad_input=grad)
+            grad_logits = torch.ops.aten.threshold_backward.grad_input(
+                grad, features.values, self.epsilon, grad_input=grad
+            )
         elif self.function != EXPONENTIAL:
             grad_logits = grad.mul_(POINTWISE_FUNCTIONS[self.function].derivative(features.logits))
         elif self.epsilon:
             grad.add_(grad.sum(dim=-1, keepdim=True).mul_(self.epsilon))
-            grad_logits = grad.mul_(features.values if self.bare else features.values.sub_(self.epsilon))
+            grad_logits = grad.mul_(features.values.sub_(self.epsilon))
         else:
             grad_logits = grad.mul_(features.values)
         if self.projection is None:
