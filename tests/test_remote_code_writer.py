@@ -134,6 +134,22 @@ def test_nothing_is_written_when_the_code_cannot_travel(toy, tmp_path):
     assert not (tmp_path / "saved").exists()
 
 
+def test_a_file_changed_between_two_saves_is_read_again(toy, tmp_path, monkeypatch):
+    """Its text is made once for all saves, but only while the file stays as it is."""
+    remote_code, architecture = toy()
+    parsed, parse = [], ast.parse
+    monkeypatch.setattr(remote_code.ast, "parse", lambda *arguments: parsed.append(arguments) or parse(*arguments))
+    files = remote_code.travelling(architecture)[1]
+    assert len(parsed) == len(files) and remote_code.travelling(architecture)[1] == files
+    assert len(parsed) == len(files)
+
+    blocks = tmp_path / "toy_house_0/modeling/blocks.py"
+    blocks.write_text(blocks.read_text() + "LATER = 1\n")
+    changed = remote_code.travelling(architecture)[1]
+    assert changed == files | {"modeling_blocks.py": files["modeling_blocks.py"] + "LATER = 1\n"}
+    assert len(parsed) == len(files) + 1
+
+
 def test_a_failed_write_leaves_what_was_there(toy, tmp_path, monkeypatch):
     remote_code, architecture = toy()
     folder = tmp_path / "saved"

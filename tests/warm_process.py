@@ -17,7 +17,7 @@ from pathlib import Path
 
 # Reads a request from each line of its input and answers with the exit status of the fork that carried it out.
 _SERVER = """
-import json, os, sys, traceback, types
+import json, os, sys, types
 import torch, transformers
 from transformers import AutoModel, AutoTokenizer, PreTrainedModel, Trainer
 
@@ -94,7 +94,7 @@ class WarmProcess:
     def stop(self) -> None:
         """End the server and what it started; the next request starts another one."""
         if self.server is not None:
-            with contextlib.suppress(ProcessLookupError):
+            with contextlib.suppress(ProcessLookupError):  # it may have ended by itself
                 os.killpg(self.server.pid, 9)
             self.server.wait()
             self.server = None
