@@ -34,6 +34,7 @@ from .colt5_stacks import (
     RoutedModelOutput,
 )
 from .encoder_decoder import EncoderDecoderBody, Seq2SeqLMHead
+from .few_rows import project
 from .heads import CausalLMHead, QuestionAnsweringHead, SequenceClassificationHead
 from .input_checks import check_inputs
 from .pooling import pool_hidden_states
@@ -133,7 +134,7 @@ class T5Head:
     def logits_of(self, hidden_states: Tensor) -> Tensor:
         if self.config.tie_word_embeddings:
             hidden_states = hidden_states * self.config.hidden_size**-0.5
-        return self.lm_head(hidden_states)
+        return project(self.lm_head, hidden_states)
 
 
 class CoLT5ForConditionalGeneration(T5Head, Seq2SeqLMHead, CoLT5PreTrainedModel, GenerationMixin):

@@ -12,6 +12,7 @@ from ..kernels.flash_attention import flash_attention
 from .cache_name import takes_cache
 from .causal_router import CausalTokenRouter
 from .feed_forward import FeedForward
+from .few_rows import project
 from .norms import make_norm
 from .routed_attention import RoutedAttention
 from .routed_autoregressive_attention import RoutedAutoregressiveAttention
@@ -161,10 +162,10 @@ class DecoderAttention(nn.Module):
     ) -> Tensor:
         """`[B, N, C]`; `mask` `[B, everything seen]` or, with a `context` `[B, M, C]`, `[B, M]`."""
         normed = self.norm(hidden_states)
-        query = self._heads(self.q_proj(normed))
+        query = self._heads(project(self.q_proj, normed))
         key_lengths = None
         if context is None:
-            key, value = self._heads(self.k_proj(normed)), self._heads(self.v_proj(normed))
+            key, value = (self._heads(project(layer, normed)) for layer in (self.k_proj, self.v_proj))
             if past_key_values is not None:
                 cache = past_key_values.self_attention_cache
                 seen = cache.get_seq_length(self.layer_idx) + query.shape[2]
@@ -185,7 +186,7 @@ class DecoderAttention(nn.Module):
             distance_bias=distance_bias,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return project(self.o_proj, output.transpose(1, 2).flatten(2))
 
     def _context_heads(self, context, past_key_values):
         if past_key_values is not None and past_key_values.is_updated.get(self.layer_idx):

@@ -4,6 +4,8 @@ import torch
 from torch import nn
 from transformers.activations import ACT2FN
 
+from .few_rows import project
+
 
 class FeedForward(nn.Module):
     """`down(act(up(x)))`, or `down(act(gate(x)) * up(x))` (GLU, arXiv 2002.05202), position by position.
@@ -30,8 +32,8 @@ class FeedForward(nn.Module):
         return torch.cat([self._rows(chunk) for chunk in hidden_states.split(self.chunk_size, dim=1)], dim=1)
 
     def _rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        up = self.up_proj(hidden_states)
-        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * up
+        up = project(self.up_proj, hidden_states)
+        inner = self.act_fn(up) if self.gate_proj is None else self.act_fn(project(self.gate_proj, hidden_states)) * up
         if self.training and self.dropout:
             inner = nn.functional.dropout(inner, self.dropout)
-        return self.down_proj(inner)
+        return project(self.down_proj, inner)

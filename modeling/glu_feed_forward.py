@@ -5,6 +5,7 @@ from torch import nn
 from transformers import initialization as init
 
 from .feed_forward import FeedForward
+from .few_rows import project
 from .norm_family import layer_norm
 from .zero_linear import ZeroLinear
 
@@ -32,13 +33,14 @@ class NormedFeedForward(FeedForward):
             init.ones_(self.gate_scale)
 
     def _rows(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        inner = self.up_proj(hidden_states)
-        inner = self.act_fn(inner) if self.gate_proj is None else self.act_fn(self.gate_proj(hidden_states)) * inner
+        inner = project(self.up_proj, hidden_states)
+        gate = None if self.gate_proj is None else self.act_fn(project(self.gate_proj, hidden_states))
+        inner = self.act_fn(inner) if gate is None else gate * inner
         if self.gate_scale is not None:
             inner = inner * self.gate_scale
         if self.norm is not None:
             inner = self.norm(inner)
         if self.training and self.dropout:
             inner = nn.functional.dropout(inner, self.dropout)
-        output = self.down_proj(inner)
+        output = project(self.down_proj, inner)
         return nn.functional.dropout(output, self.output_dropout) if self.training and self.output_dropout else output

@@ -28,6 +28,7 @@ from transformers.modeling_outputs import (
 from transformers.utils import TransformersKwargs, can_return_tuple
 
 from .cache_name import CACHE, takes_cache
+from .few_rows import project
 from .pooling import pool_hidden_states
 
 
@@ -66,7 +67,7 @@ class LanguageModelHead(HeadOnBody):
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """Logits `[B, N, vocab_size]` of the body's `hidden_states` `[B, N, hidden_size]`."""
-        return self.lm_head(hidden_states)
+        return project(self.lm_head, hidden_states)
 
 
 class CausalLMHead(LanguageModelHead):

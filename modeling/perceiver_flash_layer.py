@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from .attention_masks import AttentionMask, eager_attention, is_flash_attention
 from .feed_forward import FeedForward
+from .few_rows import project
 from .packed_attention import attend_packed
 from .rotary import RotaryTables, apply_rotary
 from .streamed_attention import ContextChunk, chunked_attention, streamed_attention
@@ -59,12 +60,12 @@ class PerceiverFlashAttention(nn.Module):
 
     def project_query(self, hidden_states: torch.Tensor, rotary: Rotary) -> torch.Tensor:
         """`[B, N, C]` to `[B, H, N, D]`."""
-        return turn(self.q_proj(hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotary)
+        return turn(project(self.q_proj, hidden_states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2), rotary)
 
     def project_context(self, context: torch.Tensor, rotary: Rotary) -> tuple[torch.Tensor, torch.Tensor]:
         """`[B, K, C]` to keys `[B, H, K, D]` and values `[B, H, K, V]`."""
-        key = self.k_proj(context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        value = self.v_proj(context).unflatten(-1, (-1, self.value_head_dim)).transpose(1, 2)
+        key = project(self.k_proj, context).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+        value = project(self.v_proj, context).unflatten(-1, (-1, self.value_head_dim)).transpose(1, 2)
         return turn(key, rotary), value
 
     def forward(
@@ -86,13 +87,13 @@ class PerceiverFlashAttention(nn.Module):
         kwargs |= {"dropout": self.dropout, "scaling": self.scaling, "is_causal": attention_mask.is_causal}
         if attention_mask.mask is not None and is_flash_attention(self.config._attn_implementation):
             attended = attend_packed(attend, self, query, key, value, attention_mask.mask, **kwargs)
-            return self.o_proj(attended.flatten(2)), None
+            return project(self.o_proj, attended.flatten(2)), None
         attended, weights = attend(self, query, key, value, attention_mask.mask, **kwargs)
         if attention_mask.sighted is not None:
             # Not a product: of a row that sees nothing, flex attention makes NaN on some processors.
             attended = torch.where(attention_mask.sighted, attended, 0)
         # Only eager attention gives weights: what flex attention returns beside its output is something else.
-        return self.o_proj(attended.flatten(2)), weights if attend is eager_attention else None
+        return project(self.o_proj, attended.flatten(2)), weights if attend is eager_attention else None
 
 
 class PerceiverFlashLayer(GradientCheckpointingLayer):
@@ -147,7 +148,7 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
                 attention.scaling,
                 attention.dropout,
             )
-            return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
+            return self._finish(hidden_states, project(attention.o_proj, attended.transpose(1, 2).flatten(2)))
         inputs = self.attention_norm(hidden_states)
         context = inputs if context is None else self.context_norm(context)
         rotary = {"query_rotary": query_rotary, "key_rotary": key_rotary}
@@ -160,7 +161,7 @@ class PerceiverFlashLayer(GradientCheckpointingLayer):
         attention = self.attention
         query = attention.project_query(self.attention_norm(hidden_states), query_rotary)
         attended = streamed_attention(query, chunks, self._project, attention.scaling, attention.dropout)
-        return self._finish(hidden_states, attention.o_proj(attended.transpose(1, 2).flatten(2)))
+        return self._finish(hidden_states, project(attention.o_proj, attended.transpose(1, 2).flatten(2)))
 
     def _project(self, context, rotary):
         return self.attention.project_context(self.context_norm(context), rotary)

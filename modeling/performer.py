@@ -29,6 +29,7 @@ from .checked_model import CheckedPreTrainedModel
 from .encoder_decoder import PairOfStacks, Seq2SeqLMHead
 from .feature_calibration import calibrate_features
 from .feature_redraw import redraw_and_capture
+from .few_rows import project
 from .heads import (
     CausalLMHead,
     MaskedLMHead,
@@ -258,7 +259,7 @@ class PerformerForMaskedLM(MaskedLMHead, PerformerPreTrainedModel):
         super().add_head(config)
 
     def logits_of(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        return self.lm_head(hidden_states if self.transform is None else self.transform(hidden_states))
+        return project(self.lm_head, hidden_states if self.transform is None else self.transform(hidden_states))
 
 
 class PerformerForSequenceClassification(SequenceClassificationHead, PerformerPreTrainedModel):

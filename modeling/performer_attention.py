@@ -8,6 +8,7 @@ from transformers.cache_utils import Cache, EncoderDecoderCache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention, plain_step
+from .few_rows import project
 from .local_attention import local_attention, past_reach
 from .random_features import draw_projection, optimal_positive_constants
 from .recurrent_cache import RecurrentStateLayer
@@ -57,7 +58,7 @@ class _PerformerAttentionBase(nn.Module):
 
     def project_out(self, attended: torch.Tensor) -> torch.Tensor:
         """`[B, H, N, D]` to `[B, N, C]`."""
-        return self.drop(self.o_proj(attended.transpose(1, 2).flatten(2)))
+        return self.drop(project(self.o_proj, attended.transpose(1, 2).flatten(2)))
 
     def drop(self, output: torch.Tensor) -> torch.Tensor:
         """The dropout behind the output projection, in training."""
@@ -157,12 +158,12 @@ class PerformerAttention(_PerformerAttentionBase):
         plain = padding_mask is None and self._may_be_plain_step(hidden_states, layer)
         # Of rows in two dimensions a projection is one operator; in three, `matmul` and its views stand around it.
         rows = hidden_states.squeeze(1) if plain else hidden_states
-        query, key, value = self.q_proj(rows), self.k_proj(rows), self.v_proj(rows)
+        query, key, value = (project(layer, rows) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if plain:
             attended = self._plain_step(query, key, value, rotary, layer, projection)
             if attended is not None:
                 layer.count(hidden_states)
-                return self.drop(self.o_proj(attended.view(query.shape))).unsqueeze(1), None
+                return self.drop(project(self.o_proj, attended.view(query.shape))).unsqueeze(1), None
             query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
         query = self.split_heads(query)
         key, value = (repeat_kv(self.split_heads(states), self.num_key_value_groups) for states in (key, value))
@@ -355,7 +356,7 @@ class PerformerAttention(_PerformerAttentionBase):
         )
 
     def _cross_attend(self, hidden_states, encoder_hidden_states, mask, past_key_values, projection):
-        query = self.split_heads(self.q_proj(hidden_states))
+        query = self.split_heads(project(self.q_proj, hidden_states))
         feature_map = self.make_feature_map(self.projection_matrix if projection is None else projection)
         layer, backend = self._cache_layer(past_key_values), self.kernel_backend
         if layer is not None and past_key_values.is_updated.get(self.layer_idx):
@@ -395,7 +396,7 @@ class PerformerSoftmaxAttention(_PerformerAttentionBase):
         **kwargs,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """As `PerformerAttention.forward`; `attention_mask` is what transformers' mask functions make, or None."""
-        query = self.split_heads(self.q_proj(hidden_states))
+        query = self.split_heads(project(self.q_proj, hidden_states))
         cross = self.is_cross_attention
         cache, known = past_key_values, False
         if isinstance(past_key_values, EncoderDecoderCache):

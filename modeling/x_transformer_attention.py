@@ -8,6 +8,7 @@ from transformers import initialization as init
 from transformers.cache_utils import Cache, EncoderDecoderCache
 
 from .attention_gates import HeadGate, ValueGate
+from .few_rows import project
 from .query_key_norms import make_query_key_norms
 from .rotary import RotaryTables
 from .rotary_embedding import rotate, rotate_both
@@ -147,7 +148,7 @@ class XTransformerAttention(nn.Module):
 
     def _project_in(self, hidden_states, source, first_values, rotary, past_key_values, layer_idx):
         """Queries, keys, values, and the values before they were mixed with those of the first block."""
-        query = self.split_heads(self.q_proj(hidden_states), self.head_dim)
+        query = self.split_heads(project(self.q_proj, hidden_states), self.head_dim)
         if self.q_norm is not None:
             query = self.q_norm(query)
         cross, cache = self.is_cross_attention, past_key_values
@@ -158,12 +159,12 @@ class XTransformerAttention(nn.Module):
                 query = query if rotary is None else rotate(query, rotary[0])
                 return query, layer.keys, layer.values, layer.values
         source = hidden_states if source is None else source
-        key = self.split_heads(self.k_proj(source), self.head_dim)
+        key = self.split_heads(project(self.k_proj, source), self.head_dim)
         if self.k_norm is not None:
             key = self.k_norm(key)
         if rotary is not None:
             query, key = rotate_both(query, key, rotary)
-        raw_value = value = self.split_heads(self.v_proj(source), self.value_head_dim)
+        raw_value = value = self.split_heads(project(self.v_proj, source), self.value_head_dim)
         if self.mixes_values and first_values is not None:
             value = torch.lerp(first_values, value, self._value_share(source, value))
         if cache is not None:
@@ -204,7 +205,7 @@ class XTransformerAttention(nn.Module):
             heads = self.head_gate(inputs, heads)
         if self.value_gate is not None:
             heads = self.value_gate(inputs, heads)
-        output = self.o_proj(heads.transpose(1, 2).flatten(2))
+        output = project(self.o_proj, heads.transpose(1, 2).flatten(2))
         if self.is_gated_output:
             output = nn.functional.glu(output, dim=-1)
         if self.training and self.output_dropout:
