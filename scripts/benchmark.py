@@ -38,6 +38,7 @@ PARTS = {
     "causal": ["linear_attention"],
     "bidirectional": ["linear_attention"],
     "generate": ["linear_attention", "performer"],
+    "generate-wide": ["linear_attention", "performer"],
     "decode": ["linear_attention", "performer"],
     "flash": ["flash_attention"],
     "topk": ["soft_topk"],
@@ -124,7 +125,7 @@ def measure(arguments) -> None:
     from benchmark_colt5 import measure_base
     from benchmark_colt5 import measure_operations as measure_layer_operations
     from benchmark_flash_attention import measure as measure_softmax
-    from benchmark_models import measure_decoding, measure_generation
+    from benchmark_models import WIDE, measure_decoding, measure_generation, measure_wide_generation
     from benchmark_operations import measure as measure_operation
     from benchmark_soft_topk import measure as measure_topk
 
@@ -159,6 +160,9 @@ def measure(arguments) -> None:
         if "generate" in arguments.only:
             for new_tokens in (8,) if quick else (192, 448):
                 collect(measure_generation(8 if quick else 64, new_tokens, arguments.repeats, peers=not quick))
+        if "generate-wide" in arguments.only:
+            sizes = (WIDE._replace(width=64, layers=1, heads=2),) if quick else ()
+            collect(measure_wide_generation(8 if quick else 64, 8 if quick else 64, arguments.repeats, *sizes))
         if "decode" in arguments.only:
             collect(measure_decoding(arguments.contexts, arguments.repeats))
 

@@ -14,13 +14,13 @@ TESTS = {
     "linear_attention": ["tests/test_linear_attention*.py"],
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
-    "performer": ["tests/test_performer*.py", "tests/test_generation_contract.py"],
+    "performer": ["tests/test_performer*.py", "tests/test_few_rows.py", "tests/test_generation_contract.py"],
     "colt5": ["tests/test_routed_block*.py", "tests/test_row_blocks.py", "tests/test_flash_attention_band.py"],
     "perceiver_flash": [
         *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),
         *("tests/test_flash_attention_parts.py", "tests/test_conversion_perceiver.py"),
     ],
-    "x_transformer": ["tests/test_x_transformer*.py", "tests/test_generation_contract.py"],
+    "x_transformer": ["tests/test_x_transformer*.py", "tests/test_few_rows.py", "tests/test_generation_contract.py"],
 }
 QUICK_TESTS = {
     "linear_attention": [

@@ -5,6 +5,7 @@ import io
 import math
 import time
 from collections.abc import Callable, Iterator
+from typing import NamedTuple
 
 import torch
 from benchmark_measure import Row, peer_version, summary
@@ -14,8 +15,15 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from hf_efficient import PerformerConfig, PerformerForCausalLM
 
 
-# About 4.9 million parameters, 256 bytes as vocabulary.
-VOCABULARY, WIDTH, LAYERS, HEADS = 256, 256, 6, 4
+class Sizes(NamedTuple):
+    vocabulary: int
+    width: int
+    layers: int
+    heads: int
+
+
+SMALL = Sizes(256, 256, 6, 4)  # about 4.9 million parameters
+WIDE = Sizes(32_000, 768, 6, 12)  # the width of GPT-2's smallest, whose weights fit no cache of a processor
 # A generation without a cache takes minutes: it is not repeated. Its length averages over hundreds of steps.
 REPEATS_LIMIT = 15.0  # seconds
 DECODE_STEPS = 64
@@ -24,7 +32,7 @@ DECODE_STEPS = 64
 def measure_generation(prompt: int, new_tokens: int, repeats: int, peers: bool = True) -> Iterator[Row]:
     """`generate` as a user calls it: greedy, a prompt of random bytes, one row."""
     torch.manual_seed(0)
-    tokens = torch.randint(VOCABULARY, (1, prompt))
+    tokens = torch.randint(SMALL.vocabulary, (1, prompt))
     models = {"ours": performer(), "gpt2": gpt2(prompt + new_tokens)}
     calls = {name: _transformers_call(model, tokens, new_tokens) for name, model in models.items()}
     if peers:
@@ -34,12 +42,25 @@ def measure_generation(prompt: int, new_tokens: int, repeats: int, peers: bool =
         yield _row("generate", name, f"{prompt}+{new_tokens}", prompt + new_tokens, samples, new_tokens, models[name])
 
 
+def measure_wide_generation(prompt: int, new_tokens: int, repeats: int, sizes: Sizes = WIDE) -> Iterator[Row]:
+    """As `measure_generation`, of models as wide as people have them, for one row and for four."""
+    for batch in (1, 4):
+        torch.manual_seed(0)
+        tokens = torch.randint(sizes.vocabulary, (batch, prompt))
+        models = {"ours": performer(sizes), "gpt2": gpt2(prompt + new_tokens, sizes)}
+        calls = {name: _transformers_call(model, tokens, new_tokens) for name, model in models.items()}
+        for name, samples in _in_turns(calls, repeats).items():
+            mode = f"{batch} × {prompt}+{new_tokens}"
+            made = batch * new_tokens
+            yield _row("generate_wide", name, mode, prompt + new_tokens, samples, made, models[name], sizes)
+
+
 def measure_decoding(contexts: list[int], repeats: int) -> Iterator[Row]:
     """Tokens per second of single steps behind a context of that many tokens, and the bytes that the cache holds."""
     steps = min(DECODE_STEPS, min(contexts) // 2)
     for context in contexts:
         torch.manual_seed(0)
-        tokens = torch.randint(VOCABULARY, (1, context))
+        tokens = torch.randint(SMALL.vocabulary, (1, context))
         room = context + (1 + 2 * repeats) * steps + 1
         models = {"ours": performer(), "gpt2": gpt2(room)}
         caches, calls = {}, {}
@@ -54,12 +75,12 @@ def measure_decoding(contexts: list[int], repeats: int) -> Iterator[Row]:
             yield row
 
 
-def performer() -> nn.Module:
+def performer(sizes: Sizes = SMALL) -> nn.Module:
     config = PerformerConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        vocab_size=sizes.vocabulary,
+        hidden_size=sizes.width,
+        num_hidden_layers=sizes.layers,
+        num_attention_heads=sizes.heads,
         hidden_act="gelu_pytorch_tanh",  # as GPT-2; performer-pytorch has the exact one
         is_decoder=True,
         pad_token_id=0,
@@ -69,13 +90,13 @@ def performer() -> nn.Module:
     return PerformerForCausalLM(config).eval()
 
 
-def gpt2(positions: int) -> nn.Module:
+def gpt2(positions: int, sizes: Sizes = SMALL) -> nn.Module:
     config = GPT2Config(
-        vocab_size=VOCABULARY,
+        vocab_size=sizes.vocabulary,
         n_positions=positions,
-        n_embd=WIDTH,
-        n_layer=LAYERS,
-        n_head=HEADS,
+        n_embd=sizes.width,
+        n_layer=sizes.layers,
+        n_head=sizes.heads,
         pad_token_id=0,
         bos_token_id=0,
         eos_token_id=None,
@@ -88,12 +109,12 @@ def performer_pytorch(positions: int) -> nn.Module:
 
     with contextlib.redirect_stdout(io.StringIO()):  # it says that its CUDA extension is missing
         model = PerformerLM(
-            num_tokens=VOCABULARY,
+            num_tokens=SMALL.vocabulary,
             max_seq_len=positions,
-            dim=WIDTH,
-            depth=LAYERS,
-            heads=HEADS,
-            dim_head=WIDTH // HEADS,
+            dim=SMALL.width,
+            depth=SMALL.layers,
+            heads=SMALL.heads,
+            dim_head=SMALL.width // SMALL.heads,
             causal=True,
         )
     return AutoregressiveWrapper(model).eval()
@@ -164,7 +185,7 @@ def _in_turns(calls: dict[str, Callable], repeats: int) -> dict[str, list[float]
     return times
 
 
-def _row(name, provider, mode, length, samples, tokens, model):
+def _row(name, provider, mode, length, samples, tokens, model, sizes=SMALL):
     spread = summary(samples)
     millions = sum(p.numel() for p in model.parameters()) / 1e6
     return Row(
@@ -174,6 +195,6 @@ def _row(name, provider, mode, length, samples, tokens, model):
         length=length,
         **spread,
         tokens_per_second=1e3 * tokens / spread["median"] if spread["median"] else math.nan,
-        sizes=f"{millions:.1f}M parameters, width {WIDTH}, {LAYERS} layers, {HEADS} heads",
+        sizes=f"{millions:.1f}M parameters, width {sizes.width}, {sizes.layers} layers, {sizes.heads} heads",
         peer=peer_version("performer-pytorch") if provider == "performer-pytorch" else "",
     )

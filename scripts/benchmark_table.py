@@ -21,6 +21,7 @@ TITLES = {
     "linear_attention_causal": "Causal attention",
     "linear_attention_bidirectional": "Bidirectional attention",
     "generate": "`generate`, greedy",
+    "generate_wide": "`generate`, greedy, as wide as GPT-2",
     "decode": "Decoding step by step",
     "flash_attention_alibi": "Causal softmax attention with ALiBi",
     "flash_attention_t5": "Causal softmax attention with T5's bias",

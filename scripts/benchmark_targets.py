@@ -106,6 +106,12 @@ def _decoding_targets():
             lambda rows, mode=mode, n=length: rows.ratio("generate", mode, n, "ours", "gpt2", speed),
             1,
         )
+    for batch in (1, 4):
+        yield Target(
+            f"generate 64+64 at GPT-2's width, {batch} at a time: times faster than cached GPT-2",
+            lambda rows, b=batch: rows.ratio("generate_wide", f"{b} × 64+64", 128, "ours", "gpt2", speed),
+            1,
+        )
     steps = "64 steps"
     yield Target(
         "decode: tokens/s at 16k context over tokens/s at 128",
