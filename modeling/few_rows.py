@@ -1,7 +1,5 @@
 """Linear layers of few rows on a CPU: what a step of decoding spends most of its time in."""
 
-import functools
-
 import torch
 from torch import Tensor, nn
 
@@ -12,6 +10,11 @@ from ..kernels.backend import is_observed
 FEW = 16
 # Products of fewer multiplications take less time than dividing them does.
 LARGE = 2**19
+# A block has as many outputs, where there are more threads than that leaves room for.
+LEAST = 32
+MISSING = object()
+# A subclass that only starts from other weights has it too; a layer that somebody has replaced has another.
+_LINEAR = nn.Linear.forward
 
 
 def project(layer: nn.Module, hidden_states: Tensor) -> Tensor:
@@ -33,17 +36,26 @@ def project(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     if blocks == 1:
         return layer(hidden_states)
     inputs, outputs = layer.in_features, layer.out_features
-    count = hidden_states.numel() // inputs
-    rows = hidden_states.reshape(count, inputs).expand(blocks, count, inputs)
-    weight, bias = layer._parameters["weight"].view(blocks, -1, inputs), layer._parameters["bias"]
+    rows = hidden_states.reshape(-1, inputs)
+    weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    even = outputs // blocks * blocks
+    product = _in_blocks(rows, weight[:even], None if bias is None else bias[:even], blocks)
+    if even < outputs:
+        rest = nn.functional.linear(rows, weight[even:], None if bias is None else bias[even:])
+        product = torch.cat([product, rest], dim=-1)
+    return product.view(*hidden_states.shape[:-1], outputs)
+
+
+def _in_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None, blocks: int) -> Tensor:
+    """`rows` `[N, in]` times `weight` `[out, in]`, whose outputs come in so many blocks: `[N, out]`."""
+    (count, inputs), outputs = rows.shape, weight.shape[0]
+    rows, weight = rows.expand(blocks, count, inputs), weight.view(blocks, -1, inputs)
     if count <= 2 and inputs > outputs:
         # Long sums of one or two rows: 3,072 to 768 on an EPYC 0.42 ms, weights on the left 0.53, undivided 0.56.
         product = _multiply(rows, weight.mT, None if bias is None else bias.view(blocks, 1, -1))
-        product = product.transpose(0, 1)
-    else:
-        product = _multiply(weight, rows.mT, None if bias is None else bias.view(blocks, -1, 1))
-        product = product.view(outputs, count).t()
-    return product.reshape(*hidden_states.shape[:-1], outputs).contiguous()
+        return product.transpose(0, 1).reshape(count, outputs)
+    product = _multiply(weight, rows.mT, None if bias is None else bias.view(blocks, -1, 1))
+    return product.view(outputs, count).t().contiguous()
 
 
 def _multiply(left: Tensor, right: Tensor, summand: Tensor | None) -> Tensor:
@@ -52,26 +64,28 @@ def _multiply(left: Tensor, right: Tensor, summand: Tensor | None) -> Tensor:
 
 def _blocks(layer: nn.Module, hidden_states: Tensor) -> int:
     """How many blocks of outputs to multiply at once; 1 leaves all to the layer."""
-    # In the order of what it costs to ask, and of how often it decides.
-    if type(layer) is not nn.Linear or torch.is_grad_enabled() or not torch._C.has_mkl:
+    if torch.is_grad_enabled() or type(layer).forward is not _LINEAR or not torch._C.has_mkl:
         return 1
-    inputs, outputs = layer.in_features, layer.out_features
-    elements = hidden_states.numel()
+    # Before any size is looked at: a tracer would write down what comes of it.
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", MISSING)
+    if weight is None or bias is MISSING or is_observed(hidden_states, weight):
+        return 1
+    inputs, outputs, elements = layer.in_features, layer.out_features, hidden_states.numel()
     if elements > FEW * inputs or elements * outputs < LARGE:
         return 1
-    weight = layer._parameters.get("weight")
     whole = (
-        weight is None
-        or not hidden_states.is_cpu
-        or not hidden_states.dtype == weight.dtype == torch.float32
+        not (_is_plain(hidden_states) and _is_plain(weight) and weight.is_contiguous())
         or weight.shape != (outputs, inputs)
         or hidden_states.shape[-1] != inputs
-        or not weight.is_contiguous()
+        or (bias is not None and not (_is_plain(bias) and bias.shape == (outputs,)))
         or torch.is_autocast_enabled("cpu")
         or _is_hooked(layer)
-        or is_observed(hidden_states, weight)
     )
-    return 1 if whole else _divisor(outputs, torch.get_num_threads())
+    return 1 if whole else max(1, min(torch.get_num_threads(), outputs // LEAST))
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.layout is torch.strided
 
 
 def _is_hooked(layer: nn.Module) -> bool:
@@ -81,9 +95,3 @@ def _is_hooked(layer: nn.Module) -> bool:
         or "forward" in layer.__dict__  # as accelerate hooks itself in
         or torch.nn.modules.module._has_any_global_hook()
     )
-
-
-@functools.cache
-def _divisor(outputs: int, threads: int) -> int:
-    """The most blocks of the same size, not more than one for each thread."""
-    return next(blocks for blocks in range(threads, 0, -1) if outputs % blocks == 0)

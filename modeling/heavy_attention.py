@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from ..kernels.flash_attention import flash_attention
+from .few_rows import project
 from .norms import make_norm
 from .rotary import apply_rotary, rotary_tables
 from .token_router import (
@@ -140,7 +141,7 @@ class HeavyAttention(nn.Module):
 
         `positions` `[B, 1, Q]` are the tokens' places in the sequence, their indices if not given.
         """
-        query = self.q_proj(self.norm(gather_tokens(hidden_states, routing.indices[:, 0])))
+        query = project(self.q_proj, self.norm(gather_tokens(hidden_states, routing.indices[:, 0])))
         query = query.unflatten(-1, (self.num_heads, self.head_dim)).transpose(1, 2)
         if self.multiply_queries_by_score:
             query = (query * routing.scores[..., None]).to(query.dtype)
@@ -158,7 +159,7 @@ class HeavyAttention(nn.Module):
         tokens = self.norm(gather_tokens(context, routing.indices.flatten(1)))
         scores = routing.scores.flatten(0, 1)[:, None, :, None]
         if sets == 1:
-            key, value = self.k_proj(tokens), self.v_proj(tokens)
+            key, value = project(self.k_proj, tokens), project(self.v_proj, tokens)
         else:
             tokens = tokens.view(batch, sets, count, -1)
             key, value = (
@@ -198,7 +199,7 @@ class HeavyAttention(nn.Module):
     def add_output(self, output: Tensor, attended: Tensor, routing: Routing) -> Tensor:
         """`output` `[B, N, C]` with the projection of `attended` `[B · R, H / R, Q, D]` added in place."""
         attended = attended.unflatten(0, (-1, self.num_sets)).flatten(1, 2)
-        heavy = self.o_proj(attended.transpose(1, 2).flatten(2))
+        heavy = project(self.o_proj, attended.transpose(1, 2).flatten(2))
         heavy = heavy * routing.scores[:, 0, :, None]
         if self.null_query_token is not None:
             output = output + self.null_query_token.to(output.dtype)

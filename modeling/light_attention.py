@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from ..kernels.flash_attention import flash_attention
+from .few_rows import project
 from .norms import make_norm
 
 
@@ -69,13 +70,13 @@ class LightAttention(nn.Module):
             distance_bias=distance_bias,
             dropout_p=self.dropout if self.training else 0.0,
         )
-        return self.o_proj(output.transpose(1, 2).flatten(2))
+        return project(self.o_proj, output.transpose(1, 2).flatten(2))
 
     def project(self, hidden_states: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys and values `[B, H, N, D]`."""
         normed = self.norm(hidden_states)
         query, key, value = (
-            projection(normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
+            project(projection, normed).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
             for projection in (self.q_proj, self.k_proj, self.v_proj)
         )
         return query, key, value

@@ -406,7 +406,7 @@ class PerformerSoftmaxAttention(_PerformerAttentionBase):
             key, value = cache.layers[self.layer_idx].keys, cache.layers[self.layer_idx].values
         else:
             source = encoder_hidden_states if cross else hidden_states
-            key, value = (self.split_heads(proj(source)) for proj in (self.k_proj, self.v_proj))
+            key, value = (self.split_heads(project(proj, source)) for proj in (self.k_proj, self.v_proj))
             if rotary is not None and not cross:
                 query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
             if cache is not None:
@@ -425,4 +425,4 @@ class PerformerSoftmaxAttention(_PerformerAttentionBase):
             is_causal=self.is_causal,
             **kwargs,
         )
-        return self.drop(self.o_proj(attended.flatten(2))), weights
+        return self.drop(project(self.o_proj, attended.flatten(2))), weights

@@ -17,6 +17,7 @@ from hf_efficient import (
 )
 from hf_efficient.modeling import few_rows
 from hf_efficient.modeling.few_rows import FEW, project
+from hf_efficient.modeling.zero_linear import ZeroLinear
 
 
 @pytest.fixture
@@ -32,18 +33,19 @@ def divided(monkeypatch):
     monkeypatch.setattr(torch._C, "has_mkl", True)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     monkeypatch.setattr(few_rows, "LARGE", 1)
+    monkeypatch.setattr(few_rows, "LEAST", 1)
     return seen
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
-@pytest.mark.parametrize("sizes", [(40, 96), (96, 40), (48, 48)], ids=str)
+@pytest.mark.parametrize("sizes", [(40, 96), (96, 40), (48, 48), (48, 95)], ids=str)
 @pytest.mark.parametrize("leading", [(1,), (1, 1), (2, 1), (3, 1), (FEW, 1), (2, 5), ()], ids=str)
 @torch.no_grad()
 def test_the_layers_own_result(divided, leading, sizes, bias):
     inputs, outputs = sizes
     layer, states = nn.Linear(inputs, outputs, bias=bias), torch.randn(*leading, inputs)
     result = project(layer, states)
-    assert divided == [2 if outputs == 40 else 3]
+    assert divided == [3]
     assert result.shape == (*leading, outputs) and result.is_contiguous()
     oracle = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double() if bias else None)
     assert_within_budget(result, oracle, layer(states), "product")
@@ -82,11 +84,40 @@ def wrapped():
     return layer
 
 
+def sparse():
+    layer = nn.Linear(8, 6, bias=False)
+    layer.weight = nn.Parameter(layer.weight.to_sparse_csr(), requires_grad=False)
+    return layer
+
+
+def biased_by_a_buffer():
+    layer = nn.Linear(8, 6)
+    bias = layer.bias.detach()
+    del layer.bias
+    layer.register_buffer("bias", bias)
+    return layer
+
+
+def biased_as_one():
+    layer = nn.Linear(8, 6)
+    layer.bias = nn.Parameter(torch.ones(1))
+    return layer
+
+
+def transposed():
+    layer = nn.Linear(8, 6)
+    layer.weight = nn.Parameter(torch.randn(8, 6).t())
+    return layer
+
+
 def parametrized():
     return nn.utils.parametrizations.weight_norm(nn.Linear(8, 6))
 
 
-@pytest.mark.parametrize("make", [lambda: Doubled(8, 6), hooked, hooked_before, wrapped, parametrized, nn.Identity])
+OTHERS = [hooked, hooked_before, wrapped, sparse, biased_by_a_buffer, biased_as_one, transposed, parametrized]
+
+
+@pytest.mark.parametrize("make", [lambda: Doubled(8, 6), nn.Identity, *OTHERS])
 @torch.no_grad()
 def test_a_layer_that_is_more_than_its_weight_is_called(divided, make):
     layer, states = make(), torch.randn(1, 8)
@@ -123,6 +154,36 @@ def test_what_is_not_divided(divided, monkeypatch):
 
 
 @torch.no_grad()
+def test_blocks_are_not_cut_too_small(divided, monkeypatch):
+    monkeypatch.setattr(few_rows, "LEAST", 3)
+    project(nn.Linear(8, 6), torch.randn(1, 8))
+    project(ZeroLinear(8, 9), torch.randn(1, 8))  # a subclass that starts from other weights is one as well
+    project(nn.Linear(8, 5), torch.randn(1, 8))
+    assert divided == [2, 3]
+
+
+@torch.no_grad()
+def test_a_graph_is_one_for_any_number_of_rows(divided):
+    """What is traced with many rows runs with few: no tracer sees the sizes compared."""
+    layer = nn.Linear(8, 6)
+
+    class Projection(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, states):
+            return project(self.layer, states)
+
+    rows = torch.export.Dim("rows", min=1, max=64)
+    program = torch.export.export(Projection(), (torch.randn(20, 8),), dynamic_shapes={"states": {0: rows}})
+    few = torch.randn(2, 8)
+    torch.testing.assert_close(program.module()(few), layer(few))
+    torch.testing.assert_close(torch.fx.symbolic_trace(Projection())(few), layer(few))
+    assert not divided
+
+
+@torch.no_grad()
 def test_a_compiler_sees_the_layer(divided):
     layer, states = nn.Linear(8, 6), torch.randn(1, 8)
     compiled = torch.compile(lambda states: project(layer, states), fullgraph=True, backend="eager")
@@ -133,6 +194,9 @@ def test_a_compiler_sees_the_layer(divided):
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 MODELS = {
     "performer": lambda: PerformerForCausalLM(PerformerConfig(**SIZES, gated_feed_forward=True)),
+    "performer with softmax": lambda: PerformerForCausalLM(
+        PerformerConfig(**SIZES, layer_types=["full_attention", "linear_attention"])
+    ),
     "x_transformer": lambda: XTransformerForCausalLM(XTransformerConfig(**SIZES, gated_feed_forward=True)),
     "colt5": lambda: CoLT5ForCausalLM(CoLT5Config(**SIZES, is_decoder=True)),
     "perceiver_flash": lambda: PerceiverFlashForCausalLM(
@@ -144,11 +208,19 @@ MODELS = {
 @pytest.mark.parametrize("name", MODELS)
 def test_a_step_of_every_decoder_is_divided(divided, monkeypatch, name):
     torch.manual_seed(0)
+    direct, forward = [], nn.Linear.forward
+
+    def counted(layer, states):
+        if states.numel() // states.shape[-1] <= FEW:
+            direct.append(layer)
+        return forward(layer, states)
+
+    monkeypatch.setattr(nn.Linear, "forward", counted)
+    monkeypatch.setattr(few_rows, "_LINEAR", counted)
     model, tokens = MODELS[name]().eval(), torch.randint(3, 32, (2, 20))
     options = {"max_new_tokens": 6, "do_sample": False, "output_logits": True, "return_dict_in_generate": True}
     with_blocks = model.generate(tokens, **options)
-    # In each step but the first four of the attention and at least two of the feed-forward, twice, and the head.
-    assert len(divided) >= 5 * (2 * 6 + 1)
+    assert len(divided) >= 5 * (2 * 6 + 1) and not direct
     monkeypatch.setattr(few_rows, "LARGE", 2**62)
     before = len(divided)
     without = model.generate(tokens, **options)
