@@ -10,9 +10,8 @@ from ..kernels.backend import is_observed
 FEW = 16
 # Products of fewer multiplications take less time than dividing them does.
 LARGE = 2**19
-# A block has as many outputs, where there are more threads than that leaves room for.
+# A block has at least as many outputs; threads beyond that get none. (A guess: two cores never ask.)
 LEAST = 32
-MISSING = object()
 # A subclass that only starts from other weights has it too; a layer that somebody has replaced has another.
 _LINEAR = nn.Linear.forward
 
@@ -67,8 +66,8 @@ def _blocks(layer: nn.Module, hidden_states: Tensor) -> int:
     if torch.is_grad_enabled() or type(layer).forward is not _LINEAR or not torch._C.has_mkl:
         return 1
     # Before any size is looked at: a tracer would write down what comes of it.
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias", MISSING)
-    if weight is None or bias is MISSING or is_observed(hidden_states, weight):
+    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
+    if weight is None or "bias" not in layer._parameters or is_observed(hidden_states, weight):
         return 1
     inputs, outputs, elements = layer.in_features, layer.out_features, hidden_states.numel()
     if elements > FEW * inputs or elements * outputs < LARGE:

@@ -24,11 +24,13 @@ def remember_shapes():
     def init_type(self, element_ty, shape):
         sizes = shape.values if isinstance(shape, tl.tuple) else shape
         key = (element_ty.name, *[size.value if isinstance(size, tl.constexpr) else size for size in sizes])
-        # What is no number of elements goes through Triton's own checks, whatever it equals.
-        known = of_types.get(key) if all(type(size) is int for size in key[1:]) else None
+        # What is no number of elements goes through Triton's own checks, whatever number it equals.
+        counts = all(type(size) is int for size in key[1:])
+        known = of_types.get(key) if counts else None
         if known is None:
             plain_type(self, element_ty, shape)
-            of_types[key] = (self.shape, self.numel, self.name)
+            if counts:
+                of_types[key] = (self.shape, self.numel, self.name)
         else:
             self.element_ty = element_ty
             self.shape, self.numel, self.name = known
