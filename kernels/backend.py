@@ -82,6 +82,9 @@ def _driver_problem() -> str | None:
     return None
 
 
+_PLAIN = frozenset((Tensor, torch.nn.Parameter))
+
+
 def in_function_transform() -> bool:
     """Whether a transform of `torch.func` (`grad`, `vmap`, …) or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -98,7 +101,7 @@ def is_observed(*tensors: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or in_function_transform()
-        or any(type(tensor) not in (Tensor, torch.nn.Parameter) for tensor in tensors)
+        or not _PLAIN.issuperset(map(type, tensors))  # of `any`, the generator alone takes as long as all this
     )
 
 

@@ -1,5 +1,9 @@
 """Linear layers of few rows on a CPU: what a step of decoding spends most of its time in."""
 
+import functools
+import platform
+from pathlib import Path
+
 import torch
 from torch import Tensor, nn
 
@@ -10,6 +14,8 @@ from ..kernels.backend import is_observed
 FEW = 16
 # Products of fewer multiplications take less time than dividing them does.
 LARGE = 2**19
+# Products of one row and fewer weights take less time than writing them out does.
+MIDDLE = 2**16
 # A block has at least as many outputs; threads beyond that get none. (A guess: two cores never ask.)
 LEAST = 32
 # A subclass that only starts from other weights has it too; a layer that somebody has replaced has another.
@@ -20,13 +26,15 @@ def project(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """`layer(hidden_states)`; few rows on a CPU are multiplied by all threads.
 
     A few rows times a weight take as long as reading the weight does, and the BLAS behind `nn.functional.linear` may
-    read it in one thread. Here the weight's outputs are divided into as many blocks as there are threads, of which
-    `torch.bmm` gives one to each. No sum is divided, so the result is the layer's up to the order of its sums.
+    read it in one thread. Here the outputs of a large weight are divided into as many blocks as there are threads, of
+    which `torch.bmm` gives one to each. A smaller weight and a single row are multiplied number by number and summed
+    up, where the BLAS is MKL and the processor not Intel's. The result is the layer's up to the order of its sums.
 
     Args:
-        layer: any module. Divided is an `nn.Linear` in float32 that nobody has hooked, wrapped or replaced, where no
-            gradient is asked for and rows times weights are at least `LARGE`.
-        hidden_states: `[..., in_features]`, of at most `FEW` rows to be divided.
+        layer: any module. Taken for its weight is an `nn.Linear` in float32 that nobody has hooked, wrapped or
+            replaced, where no gradient is asked for and rows times weights are at least `LARGE`, or `MIDDLE` for one
+            row.
+        hidden_states: `[..., in_features]`, of at most `FEW` rows.
 
     Returns:
         `[..., out_features]`.
@@ -34,15 +42,84 @@ def project(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     blocks = _blocks(layer, hidden_states)
     if blocks == 1:
         return layer(hidden_states)
-    inputs, outputs = layer.in_features, layer.out_features
-    rows = hidden_states.reshape(-1, inputs)
+    rows = hidden_states.reshape(-1, layer.in_features)
     weight, bias = layer._parameters["weight"], layer._parameters["bias"]
+    product = _divided(rows, weight, bias, blocks) if blocks else _written_out(rows, weight, bias)
+    return product.view(*hidden_states.shape[:-1], layer.out_features)
+
+
+def is_bare(layer: nn.Module, hidden_states: Tensor) -> bool:
+    """Whether `layer(hidden_states)` is the product with a weight in float32 on a CPU and nothing but that.
+
+    It looks at sizes: to be asked behind `is_observed`, for a tracer would write down what comes of that.
+    """
+    if type(layer).forward is not _LINEAR or "bias" not in layer._parameters:
+        return False
+    weight, bias = layer._parameters.get("weight"), layer._parameters["bias"]
+    return not (
+        not (_is_plain(hidden_states) and _is_plain(weight) and weight.is_contiguous())
+        or weight.shape != (layer.out_features, layer.in_features)
+        or hidden_states.shape[-1] != layer.in_features
+        or not (bias is None or (_is_plain(bias) and bias.shape == (layer.out_features,)))
+        or torch.is_autocast_enabled("cpu")
+        or is_hooked(layer)
+    )
+
+
+def is_large(layer: nn.Module, count: int) -> bool:
+    """Whether a product of so many rows with this layer's weight is worth dividing."""
+    return count * layer.in_features * layer.out_features >= LARGE
+
+
+def is_hooked(layer: nn.Module) -> bool:
+    """Whether more happens when this layer is called than its class's `forward`."""
+    return bool(
+        layer._forward_hooks
+        or layer._forward_pre_hooks
+        or "forward" in layer.__dict__  # as accelerate hooks itself in
+        or torch.nn.modules.module._has_any_global_hook()
+    )
+
+
+def _blocks(layer: nn.Module, hidden_states: Tensor) -> int:
+    """How many blocks of outputs to multiply at once; 0 writes the product out, 1 leaves all to the layer."""
+    if torch.is_grad_enabled() or type(layer).forward is not _LINEAR or not torch._C.has_mkl:
+        return 1
+    if is_observed(hidden_states):
+        return 1
+    inputs, outputs, elements = layer.in_features, layer.out_features, hidden_states.numel()
+    is_large, threads = elements * outputs >= LARGE, torch.get_num_threads()
+    is_middle = elements == inputs and inputs * outputs >= MIDDLE and threads > 1 and _reads_slowly()
+    if elements > FEW * inputs or not (is_large or is_middle) or not is_bare(layer, hidden_states):
+        return 1
+    return max(1, min(threads, outputs // LEAST)) if is_large else 0
+
+
+@functools.cache
+def _reads_slowly() -> bool:
+    """Whether MKL does without its best kernels here, for another's processor."""
+    try:
+        processor = Path("/proc/cpuinfo").read_text()
+    except OSError:
+        processor = platform.processor()
+    return "AuthenticAMD" in processor
+
+
+def _written_out(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`row` `[1, in]` times `weight` `[out, in]`, whose products fit the cache: `[out]`."""
+    product = torch.mul(weight, row).sum(dim=-1)
+    return product if bias is None else product.add_(bias)
+
+
+def _divided(rows: Tensor, weight: Tensor, bias: Tensor | None, blocks: int) -> Tensor:
+    """`rows` `[N, in]` times `weight` `[out, in]`, in so many blocks of outputs and what is left: `[N, out]`."""
+    outputs = weight.shape[0]
     even = outputs // blocks * blocks
     product = _in_blocks(rows, weight[:even], None if bias is None else bias[:even], blocks)
     if even < outputs:
         rest = nn.functional.linear(rows, weight[even:], None if bias is None else bias[even:])
         product = torch.cat([product, rest], dim=-1)
-    return product.view(*hidden_states.shape[:-1], outputs)
+    return product
 
 
 def _in_blocks(rows: Tensor, weight: Tensor, bias: Tensor | None, blocks: int) -> Tensor:
@@ -61,36 +138,6 @@ def _multiply(left: Tensor, right: Tensor, summand: Tensor | None) -> Tensor:
     return torch.bmm(left, right) if summand is None else torch.baddbmm(summand, left, right)
 
 
-def _blocks(layer: nn.Module, hidden_states: Tensor) -> int:
-    """How many blocks of outputs to multiply at once; 1 leaves all to the layer."""
-    if torch.is_grad_enabled() or type(layer).forward is not _LINEAR or not torch._C.has_mkl:
-        return 1
-    # Before any size is looked at: a tracer would write down what comes of it.
-    weight, bias = layer._parameters.get("weight"), layer._parameters.get("bias")
-    if weight is None or "bias" not in layer._parameters or is_observed(hidden_states, weight):
-        return 1
-    inputs, outputs, elements = layer.in_features, layer.out_features, hidden_states.numel()
-    if elements > FEW * inputs or elements * outputs < LARGE:
-        return 1
-    whole = (
-        not (_is_plain(hidden_states) and _is_plain(weight) and weight.is_contiguous())
-        or weight.shape != (outputs, inputs)
-        or hidden_states.shape[-1] != inputs
-        or (bias is not None and not (_is_plain(bias) and bias.shape == (outputs,)))
-        or torch.is_autocast_enabled("cpu")
-        or _is_hooked(layer)
-    )
-    return 1 if whole else max(1, min(torch.get_num_threads(), outputs // LEAST))
-
-
-def _is_plain(tensor: Tensor) -> bool:
-    return tensor.is_cpu and tensor.dtype == torch.float32 and tensor.layout is torch.strided
-
-
-def _is_hooked(layer: nn.Module) -> bool:
-    return bool(
-        layer._forward_hooks
-        or layer._forward_pre_hooks
-        or "forward" in layer.__dict__  # as accelerate hooks itself in
-        or torch.nn.modules.module._has_any_global_hook()
-    )
+def _is_plain(tensor: object) -> bool:
+    known = type(tensor) in (Tensor, nn.Parameter)
+    return known and tensor.is_cpu and tensor.dtype == torch.float32 and tensor.layout is torch.strided

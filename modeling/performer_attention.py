@@ -9,6 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention, plain_step
 from .few_rows import project
+from .joint_projection import project_jointly
 from .local_attention import local_attention, past_reach
 from .random_features import draw_projection, optimal_positive_constants
 from .recurrent_cache import RecurrentStateLayer
@@ -156,15 +157,16 @@ class PerformerAttention(_PerformerAttentionBase):
             return self.project_out(attended), None
         layer = self._cache_layer(past_key_values)
         plain = padding_mask is None and self._may_be_plain_step(hidden_states, layer)
-        # Of rows in two dimensions a projection is one operator; in three, `matmul` and its views stand around it.
-        rows = hidden_states.squeeze(1) if plain else hidden_states
-        query, key, value = (project(layer, rows) for layer in (self.q_proj, self.k_proj, self.v_proj))
         if plain:
-            attended = self._plain_step(query, key, value, rotary, layer, projection)
+            # Of rows in two dimensions a projection is one operator; in three, `matmul` and its views stand around it.
+            query_and_key, value = self._project_token(hidden_states.squeeze(1), layer)
+            attended = self._plain_step(query_and_key, value, rotary, layer, projection)
             if attended is not None:
                 layer.count(hidden_states)
-                return self.drop(project(self.o_proj, attended.view(query.shape))).unsqueeze(1), None
-            query, key, value = query.unsqueeze(1), key.unsqueeze(1), value.unsqueeze(1)
+                return self.drop(project(self.o_proj, attended.flatten(1))).unsqueeze(1), None
+            query, key, value = (states.unsqueeze(1) for states in (*query_and_key.chunk(2, dim=-1), value))
+        else:
+            query, key, value = (project(proj, hidden_states) for proj in (self.q_proj, self.k_proj, self.v_proj))
         query = self.split_heads(query)
         key, value = (repeat_kv(self.split_heads(states), self.num_key_value_groups) for states in (key, value))
         if not self.num_local_heads:
@@ -189,16 +191,25 @@ class PerformerAttention(_PerformerAttentionBase):
             and hasattr(layer, "step_offsets")  # not of an older copy of this code
         )
 
-    def _plain_step(self, query, key, value, rotary, layer, projection) -> torch.Tensor | None:
+    def _project_token(self, rows: torch.Tensor, layer: RecurrentStateLayer) -> tuple[torch.Tensor, torch.Tensor]:
+        """Of `[B, C]`, queries and keys `[B, 2 H * D]` and values `[B, H * D]`."""
+        layers = self.q_proj, self.k_proj, self.v_proj
+        together = project_jointly(layers, rows, layer)
+        if together is not None:
+            return together.tensor_split((2 * self.q_proj.out_features,), dim=-1)
+        query, key, value = (project(proj, rows) for proj in layers)
+        return torch.cat([query, key], dim=-1), value
+
+    def _plain_step(self, query_and_key, value, rotary, layer, projection) -> torch.Tensor | None:
         """One token of decoding, behind fewer checks than `_global_heads`; None where that has to do it.
 
         Args:
-            query, key, value: `[B, H * D]`, whose heads need no transposition.
+            query_and_key, value: `[B, 2 H * D]` and `[B, H * D]`, whose heads need no transposition.
         """
-        if query.dtype != layer.keys.dtype:
+        if value.dtype != layer.keys.dtype:
             return None
-        batch = query.shape[0]
-        both = torch.cat([query, key], dim=-1).view(batch, -1, 1, self.head_dim)
+        batch = value.shape[0]
+        both = query_and_key.view(batch, -1, 1, self.head_dim)
         if rotary is not None:
             both = apply_rotary(both, rotary)
         feature_map = self._step_feature_map(self.projection_matrix if projection is None else projection, layer)

@@ -32,7 +32,7 @@ class RecurrentStateLayer(StateLayer):
         super()._clear()
         self.log_scale = self._step_offsets = None
         # What the attention keeps from step to step; gone when the state is another.
-        self.step_feature_map = None
+        self.step_feature_map = self.joint_stamp = None
         self.last_tokens = LastTokens()
         self._forget()
 
@@ -57,7 +57,7 @@ class RecurrentStateLayer(StateLayer):
     @state.setter
     def state(self, state: LinearAttentionState | None):
         self.keys, self.values, self.log_scale = (None, None, None) if state is None else state
-        self._step_offsets = self.step_feature_map = None
+        self._step_offsets = self.step_feature_map = self.joint_stamp = None
 
     @property
     def step_offsets(self) -> Tensor:

@@ -191,6 +191,65 @@ def test_a_compiler_sees_the_layer(divided):
     assert not divided
 
 
+@pytest.fixture
+def written_out(monkeypatch):
+    """The sizes of the weights whose products were written out, on a machine with two threads whose MKL is slow."""
+    seen, write_out = [], few_rows._written_out
+
+    def watched(row, weight, bias):
+        seen.append(tuple(weight.shape))
+        return write_out(row, weight, bias)
+
+    monkeypatch.setattr(few_rows, "_written_out", watched)
+    monkeypatch.setattr(few_rows, "_reads_slowly", lambda: True)
+    monkeypatch.setattr(torch._C, "has_mkl", True)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    return seen
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "plain"])
+@pytest.mark.parametrize("leading", [(1,), (1, 1), ()], ids=str)
+@torch.no_grad()
+def test_a_single_row_is_written_out(written_out, leading, bias):
+    layer, states = nn.Linear(256, 300, bias=bias), torch.randn(*leading, 256)
+    result = project(layer, states)
+    assert written_out == [(300, 256)] and result.shape == (*leading, 300)
+    oracle = nn.functional.linear(states.double(), layer.weight.double(), layer.bias.double() if bias else None)
+    assert_within_budget(result, oracle, layer(states), "product")
+
+
+@torch.no_grad()
+def test_what_is_not_written_out(written_out, monkeypatch):
+    layer, row = nn.Linear(256, 256), torch.randn(1, 256)
+    project(layer, torch.randn(2, 256))  # two rows
+    project(nn.Linear(256, 255), row)  # a small weight
+    project(nn.Linear(256, 2048), row)  # a large one
+    for owner, name, other in (
+        (few_rows, "_reads_slowly", lambda: False),
+        (torch, "get_num_threads", lambda: 1),
+        (torch._C, "has_mkl", False),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, other)
+            project(layer, row)
+    assert not written_out
+    project(layer, row)
+    assert written_out == [(256, 256)]
+
+
+@pytest.mark.parametrize("text, slow", [("vendor_id\t: AuthenticAMD", True), ("vendor_id\t: GenuineIntel", False)])
+def test_whose_processor_it_is(monkeypatch, text, slow):
+    monkeypatch.setattr(few_rows.Path, "read_text", lambda path: text)
+    assert few_rows._reads_slowly.__wrapped__() is slow
+
+    def fail(path):
+        raise FileNotFoundError(path)
+
+    monkeypatch.setattr(few_rows.Path, "read_text", fail)
+    monkeypatch.setattr(few_rows.platform, "processor", lambda: text)
+    assert few_rows._reads_slowly.__wrapped__() is slow
+
+
 SIZES = {"vocab_size": 32, "hidden_size": 32, "num_attention_heads": 2, "num_hidden_layers": 2}
 MODELS = {
     "performer": lambda: PerformerForCausalLM(PerformerConfig(**SIZES, gated_feed_forward=True)),
