@@ -8,7 +8,7 @@ row of ours has CoLT5-attention's own light widths, 8 heads of ±64, and is what
 from collections.abc import Callable, Iterator
 
 import torch
-from benchmark_measure import Row, peak_memory, peer_version, summary, time_rounds
+from benchmark_measure import Row, peak_memory, peer_version, summary, time_rounds, typical_peak_memory
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -67,7 +67,7 @@ def measure(length: int, repeats: int, peers: bool = True) -> Iterator[Row]:
                 mode=mode,
                 length=length,
                 **summary(samples),
-                peak_mib=peak_memory(calls[name]),
+                peak_mib=typical_peak_memory(calls[name]),
                 gflops=counted_flops(layers[name], tokens, mode) / 1e9 if name.startswith("ours") else None,
                 sizes=f"B1 d{WIDTH} heavy H{HEADS} d{HEAD_DIM} inner {INNER}, n/16 and n/8 routed",
                 peer=_peer(name),

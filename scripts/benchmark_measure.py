@@ -15,6 +15,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 WARM_UP_LIMIT = 2.0  # seconds; a first call longer than this has nothing left to warm up, and counts
 SHORT = 0.4  # seconds; quick calls are repeated until they filled this
+PEAKS, PEAKS_LIMIT = 5, 10.0  # calls whose memory is looked at, and the seconds after which there are no more
 
 
 @dataclass
@@ -138,6 +139,18 @@ def peak_memory(function: Callable[[], object]) -> float | None:
     before = _status_kib(status, "VmRSS")
     function()
     return (_status_kib(status, "VmHWM") - before) / 1024
+
+
+def typical_peak_memory(function: Callable[[], object]) -> float | None:
+    """The median of `peak_memory` over several calls, as many as take a few seconds.
+
+    How much a call takes from the system depends on the holes that earlier ones left in the heap: calls of one peer
+    took between 230 and 1,440 MiB.
+    """
+    peaks, start = [], time.perf_counter()
+    while len(peaks) < PEAKS and (not peaks or time.perf_counter() - start < PEAKS_LIMIT):
+        peaks.append(peak_memory(function))
+    return None if None in peaks else statistics.median(peaks)
 
 
 def _status_kib(status: Path, field: str) -> int:

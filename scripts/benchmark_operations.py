@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from benchmark_measure import Row, peak_memory, peer_version, summary, time_rounds
+from benchmark_measure import Row, peer_version, summary, time_rounds, typical_peak_memory
 from torch import Tensor
 
 from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
@@ -51,7 +51,7 @@ def measure(length: int, causal: bool, repeats: int, names: list[str] | None = N
                 mode=mode,
                 length=length,
                 **summary(times[name]),
-                peak_mib=peak_memory(call),
+                peak_mib=typical_peak_memory(call),
                 error=errors[name],
                 error_length=min(length, ERROR_LENGTH),
                 sizes=f"B{BATCH} H{HEADS} d{HEAD_DIM} m{FEATURES}",

@@ -3,7 +3,7 @@
 from collections.abc import Callable, Iterator
 
 import torch
-from benchmark_measure import Row, peak_memory, peer_version, summary, time_rounds
+from benchmark_measure import Row, peer_version, summary, time_rounds, typical_peak_memory
 from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -114,7 +114,7 @@ def measure_training(options: list[str], length: int, repeats: int, peers: bool 
                 mode="forward+backward",
                 length=length,
                 **summary(times[name]),
-                peak_mib=peak_memory(call),
+                peak_mib=typical_peak_memory(call),
                 sizes=SIZES,
                 peer=_peer(name),
             )
@@ -133,7 +133,7 @@ def measure_memory(length: int) -> Iterator[Row]:
             mode="forward+backward",
             length=length,
             **summary(times["ours"]),
-            peak_mib=peak_memory(call),
+            peak_mib=typical_peak_memory(call),
             sizes=f"width {WIDTH}, 1 layer, {HEADS} heads",
         )
 

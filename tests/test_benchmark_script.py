@@ -283,6 +283,16 @@ def test_peak_memory_sees_what_a_call_takes():
     assert measure.peak_memory(allocate(1)) < 20
 
 
+def test_peak_memory_is_that_of_most_calls(monkeypatch):
+    peaks = iter([7.0, 900.0, 5.0, 8.0, 6.0, 4.0])
+    monkeypatch.setattr(measure, "peak_memory", lambda function: next(peaks))
+    assert measure.typical_peak_memory(lambda: None) == 7.0
+    monkeypatch.setattr(measure, "PEAKS_LIMIT", 0.0)  # one call at least, however long it takes
+    assert measure.typical_peak_memory(lambda: None) == 4.0
+    monkeypatch.setattr(measure, "peak_memory", lambda function: None)
+    assert measure.typical_peak_memory(lambda: None) is None
+
+
 def test_cache_bytes_counts_everything_once():
     class Layer:
         def __init__(self):

@@ -115,14 +115,13 @@ def _states_before(memory, products, scales: _Scales, scratch: Scratch) -> torch
 def _through_blocks(values, sums, q, k, v, scales: _Scales, numerator, denominator, scratch: Scratch) -> None:
     """Add to each block's sums what it sees of the state before it, and then the block to the state, in place."""
     seen = scratch("seen", len(values), *numerator.shape[1:])
-    product = scratch("product", *values.shape)
     rows = torch.mul(v, scales.to_end, out=scratch("rows", *v.shape))
     blocked = (q, k, rows, scales.carried, scales.to_end, numerator, denominator)
     blocks = zip(scales.across.unbind(1), *(_by_block(t, scales) for t in blocked), strict=True)
     for decay, q_block, k_block, v_block, carried, to_end, block_numerator, block_denominator in blocks:
         block_numerator.addcmul_(torch.bmm(q_block, values, out=seen), carried)
         block_denominator.addcmul_(torch.bmm(sums, q_block.mT).mT, carried)
-        torch.addcmul(torch.bmm(k_block.mT, v_block, out=product), values, decay, out=values)
+        values.mul_(decay).baddbmm_(k_block.mT, v_block)
         torch.addcmul(torch.bmm(to_end.mT, k_block), sums, decay, out=sums)
 
 
