@@ -25,16 +25,16 @@ _LINEAR = nn.Linear.forward
 def project(layer: nn.Module, hidden_states: Tensor) -> Tensor:
     """`layer(hidden_states)`; few rows on a CPU are multiplied by all threads.
 
-    A few rows times a weight take as long as reading the weight does, and the BLAS behind `nn.functional.linear` may
-    read it in one thread. Here the outputs of a large weight are divided into as many blocks as there are threads, of
-    which `torch.bmm` gives one to each. A smaller weight and a single row are multiplied number by number and summed
-    up, where the BLAS is MKL and the processor not Intel's. The result is the layer's up to the order of its sums.
+    A few rows times a weight take as long as reading the weight does, and MKL, which is behind
+    `nn.functional.linear` where there is MKL, may read it in one thread. Here the outputs of a large weight are
+    divided into as many blocks as there are threads, of which `torch.bmm` gives one to each. What is too small for
+    that, but not tiny, is multiplied number by number and summed up, if it is one row and the processor is AMD's. The
+    result is the layer's up to the order of its sums.
 
     Args:
-        layer: any module. Taken for its weight is an `nn.Linear` in float32 that nobody has hooked, wrapped or
-            replaced, where no gradient is asked for and rows times weights are at least `LARGE`, or `MIDDLE` for one
-            row.
-        hidden_states: `[..., in_features]`, of at most `FEW` rows.
+        layer: any module. Taken for its weight is a bare one (`is_bare`), where there is MKL and more than one thread,
+            no gradient is asked for, and rows times weights are at least `LARGE`, or `MIDDLE` for a single row.
+        hidden_states: `[..., in_features]`, of at most `FEW` rows; more are the layer's.
 
     Returns:
         `[..., out_features]`.
@@ -56,19 +56,21 @@ def is_bare(layer: nn.Module, hidden_states: Tensor) -> bool:
     if type(layer).forward is not _LINEAR or "bias" not in layer._parameters:
         return False
     weight, bias = layer._parameters.get("weight"), layer._parameters["bias"]
-    return not (
-        not (_is_plain(hidden_states) and _is_plain(weight) and weight.is_contiguous())
-        or weight.shape != (layer.out_features, layer.in_features)
-        or hidden_states.shape[-1] != layer.in_features
-        or not (bias is None or (_is_plain(bias) and bias.shape == (layer.out_features,)))
-        or torch.is_autocast_enabled("cpu")
-        or is_hooked(layer)
+    return (
+        _is_plain(hidden_states)
+        and _is_plain(weight)
+        and weight.is_contiguous()
+        and weight.shape == (layer.out_features, layer.in_features)
+        and hidden_states.shape[-1] == layer.in_features
+        and (bias is None or (_is_plain(bias) and bias.shape == (layer.out_features,)))
+        and not torch.is_autocast_enabled("cpu")
+        and not is_hooked(layer)
     )
 
 
-def is_large(layer: nn.Module, count: int) -> bool:
-    """Whether a product of so many rows with this layer's weight is worth dividing."""
-    return count * layer.in_features * layer.out_features >= LARGE
+def is_large(rows: int, weights: int) -> bool:
+    """Whether a product of so many rows with so many weights is worth dividing."""
+    return rows * weights >= LARGE
 
 
 def is_hooked(layer: nn.Module) -> bool:
@@ -88,18 +90,18 @@ def _blocks(layer: nn.Module, hidden_states: Tensor) -> int:
     if is_observed(hidden_states):
         return 1
     inputs, outputs, elements = layer.in_features, layer.out_features, hidden_states.numel()
-    is_large, threads = elements * outputs >= LARGE, torch.get_num_threads()
-    is_middle = elements == inputs and inputs * outputs >= MIDDLE and threads > 1 and _reads_slowly()
-    if elements > FEW * inputs or not (is_large or is_middle) or not is_bare(layer, hidden_states):
+    large, threads = is_large(elements, outputs), torch.get_num_threads()
+    middling = elements == inputs and inputs * outputs >= MIDDLE and threads > 1 and _reads_slowly()
+    if elements > FEW * inputs or not (large or middling) or not is_bare(layer, hidden_states):
         return 1
-    return max(1, min(threads, outputs // LEAST)) if is_large else 0
+    return max(1, min(threads, outputs // LEAST)) if large else 0
 
 
 @functools.cache
 def _reads_slowly() -> bool:
     """Whether MKL does without its best kernels here, for another's processor."""
     try:
-        processor = Path("/proc/cpuinfo").read_text()
+        processor = Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         processor = platform.processor()
     return "AuthenticAMD" in processor

@@ -9,7 +9,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from ..kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention, plain_step
 from .few_rows import project
-from .joint_projection import project_jointly
+from .joint_projection import JointProjection
 from .local_attention import local_attention, past_reach
 from .random_features import draw_projection, optimal_positive_constants
 from .recurrent_cache import RecurrentStateLayer
@@ -90,8 +90,13 @@ class PerformerAttention(_PerformerAttentionBase):
         self.register_buffer("projection_matrix", torch.empty(rows, config.head_dim) if rows else None)
         if rows and not self.projection_matrix.is_meta:
             self.projection_matrix.copy_(self.initial_projection())
+        self.joint_projection = JointProjection()
         optimal = config.feature_map == "optimal_positive" and self.has_global_heads
         self.register_buffer("pair_norm", torch.tensor(float(config.expected_pair_norm)) if optimal else None)
+
+    def _apply(self, fn, recurse=True):
+        self.joint_projection.clear()  # the weights go to another device or dtype
+        return super()._apply(fn, recurse)
 
     @staticmethod
     def num_projection_rows(config) -> int:
@@ -194,7 +199,7 @@ class PerformerAttention(_PerformerAttentionBase):
     def _project_token(self, rows: torch.Tensor, layer: RecurrentStateLayer) -> tuple[torch.Tensor, torch.Tensor]:
         """Of `[B, C]`, queries and keys `[B, 2 H * D]` and values `[B, H * D]`."""
         layers = self.q_proj, self.k_proj, self.v_proj
-        together = project_jointly(layers, rows, layer)
+        together = self.joint_projection(layers, rows, layer)
         if together is not None:
             return together.tensor_split((2 * self.q_proj.out_features,), dim=-1)
         query, key, value = (project(proj, rows) for proj in layers)

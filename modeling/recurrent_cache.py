@@ -57,7 +57,7 @@ class RecurrentStateLayer(StateLayer):
     @state.setter
     def state(self, state: LinearAttentionState | None):
         self.keys, self.values, self.log_scale = (None, None, None) if state is None else state
-        self._step_offsets = self.step_feature_map = self.joint_stamp = None
+        self._step_offsets = self.step_feature_map = None
 
     @property
     def step_offsets(self) -> Tensor:
@@ -75,6 +75,8 @@ class RecurrentStateLayer(StateLayer):
                 self._base = self.state
             self._recorded.append((key, value, mask))
             self._advance = advance
+        if key.shape[2] > 1:
+            self.joint_stamp = None
         self.state = new_state
 
     def update(self, key_states: Tensor, value_states: Tensor, *, reach: int) -> tuple[Tensor, Tensor]:

@@ -14,7 +14,10 @@ TESTS = {
     "linear_attention": ["tests/test_linear_attention*.py"],
     "soft_topk": ["tests/test_soft_topk*.py"],
     "flash_attention": ["tests/test_flash_attention*.py"],
-    "performer": ["tests/test_performer*.py", "tests/test_few_rows.py", "tests/test_generation_contract.py"],
+    "performer": [
+        *("tests/test_performer*.py", "tests/test_generation_contract.py"),
+        *("tests/test_few_rows.py", "tests/test_joint_projection.py"),
+    ],
     "colt5": ["tests/test_routed_block*.py", "tests/test_row_blocks.py", "tests/test_flash_attention_band.py"],
     "perceiver_flash": [
         *("tests/test_perceiver_flash.py", "tests/test_perceiver_flash_chunks.py"),

@@ -142,15 +142,18 @@ def peak_memory(function: Callable[[], object]) -> float | None:
 
 
 def typical_peak_memory(function: Callable[[], object]) -> float | None:
-    """The median of `peak_memory` over several calls, as many as take a few seconds.
+    """The median of `peak_memory` over `PEAKS` calls, or as many as begin within `PEAKS_LIMIT`.
 
     How much a call takes from the system depends on the holes that earlier ones left in the heap: calls of one peer
-    took between 230 and 1,440 MiB.
+    took between 230 and 1,440 MiB. Of an even number it is the smaller of the two in the middle.
     """
     peaks, start = [], time.perf_counter()
     while len(peaks) < PEAKS and (not peaks or time.perf_counter() - start < PEAKS_LIMIT):
-        peaks.append(peak_memory(function))
-    return None if None in peaks else statistics.median(peaks)
+        peak = peak_memory(function)
+        if peak is None:
+            return None
+        peaks.append(peak)
+    return statistics.median_low(peaks)
 
 
 def _status_kib(status: Path, field: str) -> int:

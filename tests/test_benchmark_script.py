@@ -4,6 +4,7 @@ Run: pytest tests/test_benchmark_script.py
 """
 
 import dataclasses
+import types
 
 import pytest
 import torch
@@ -284,11 +285,13 @@ def test_peak_memory_sees_what_a_call_takes():
 
 
 def test_peak_memory_is_that_of_most_calls(monkeypatch):
-    peaks = iter([7.0, 900.0, 5.0, 8.0, 6.0, 4.0])
+    peaks = iter([7.0, 900.0, 5.0, 8.0, 6.0, 230.0, 1440.0, 4.0])
+    times = iter([0.0, 1.0, 2.0, 3.0, 4.0] + [10.0, 19.0, 21.0] + [30.0, 50.0] + [60.0])
     monkeypatch.setattr(measure, "peak_memory", lambda function: next(peaks))
+    monkeypatch.setattr(measure, "time", types.SimpleNamespace(perf_counter=lambda: next(times)))
     assert measure.typical_peak_memory(lambda: None) == 7.0
-    monkeypatch.setattr(measure, "PEAKS_LIMIT", 0.0)  # one call at least, however long it takes
-    assert measure.typical_peak_memory(lambda: None) == 4.0
+    assert measure.typical_peak_memory(lambda: None) == 230.0
+    assert measure.typical_peak_memory(lambda: None) == 4.0  # one call at least, however long it takes
     monkeypatch.setattr(measure, "peak_memory", lambda function: None)
     assert measure.typical_peak_memory(lambda: None) is None
 

@@ -239,10 +239,10 @@ def test_what_is_not_written_out(written_out, monkeypatch):
 
 @pytest.mark.parametrize("text, slow", [("vendor_id\t: AuthenticAMD", True), ("vendor_id\t: GenuineIntel", False)])
 def test_whose_processor_it_is(monkeypatch, text, slow):
-    monkeypatch.setattr(few_rows.Path, "read_text", lambda path: text)
+    monkeypatch.setattr(few_rows.Path, "read_text", lambda path, errors: text)
     assert few_rows._reads_slowly.__wrapped__() is slow
 
-    def fail(path):
+    def fail(path, errors):
         raise FileNotFoundError(path)
 
     monkeypatch.setattr(few_rows.Path, "read_text", fail)
