@@ -22,6 +22,7 @@ torch.exp(torch.zeros(1, device="cpu"))
 
 BACKENDS = ("auto", "triton", "eager")
 GPU_TYPES = ("cuda", "xpu")  # ROCm devices call themselves "cuda" as well
+PLAIN_TENSORS = frozenset((Tensor, torch.nn.Parameter))  # what is a tensor and nothing more
 
 _explained: set[str] = set()
 
@@ -82,9 +83,6 @@ def _driver_problem() -> str | None:
     return None
 
 
-_PLAIN = frozenset((Tensor, torch.nn.Parameter))
-
-
 def in_function_transform() -> bool:
     """Whether a transform of `torch.func` (`grad`, `vmap`, …) or forward-mode differentiation is at work."""
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
@@ -101,7 +99,7 @@ def is_observed(*tensors: Tensor) -> bool:
         or torch.jit.is_tracing()
         or torch._C._len_torch_dispatch_stack() > 0
         or in_function_transform()
-        or not _PLAIN.issuperset(map(type, tensors))  # of `any`, the generator alone takes as long as all this
+        or not PLAIN_TENSORS.issuperset(map(type, tensors))  # of `any`, the generator alone takes as long as all this
     )
 
 
