@@ -37,12 +37,13 @@ if UNDER_XDIST:
 
 from matrix_page import MatrixPage, head_of  # noqa: E402
 from matrix_recorder import MatrixRecorder, note_cells  # noqa: E402
-from triton_interpreter import patch_once_per_launch, remember_shapes  # noqa: E402
+from triton_interpreter import check_operands_quickly, patch_once_per_launch, remember_shapes  # noqa: E402
 
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     patch_once_per_launch()
     remember_shapes()
+    check_operands_quickly()
 
 
 def pytest_addoption(parser):

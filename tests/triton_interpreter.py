@@ -2,10 +2,14 @@
 
 A launch replaces the functions of `triton.language` by interpreted ones, and each call of a device function goes
 through all of that module's members to replace them once more: more than a third of the time of these tests. Of what
-is left, a third is in writing down the same few shapes for each value anew.
+is left, a third is in writing down the same few shapes for each value anew, and half of the rest in finding out after
+each operation on integers, by ten more, whether it has overflowed, which nobody is told, and in bringing two operands
+to one type and shape that have it already.
 """
 
 import functools
+
+import numpy
 
 
 def remember_shapes():
@@ -47,6 +51,80 @@ def remember_shapes():
             self.shape, self.numel = known
 
     tl.block_type.__init__, tl.tensor.__init__ = init_type, init_value
+
+
+def check_operands_quickly():
+    """What an operation asks of its operands is answered at once where the answer is plain, and else by Triton.
+
+    Whether integers overflow is asked only where the answer is heard: without `debug` Triton's assertion is none. Does
+    nothing when called again.
+    """
+    from triton import language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    if hasattr(TritonSemantic.binary_op_sanitize_overflow_impl, "__wrapped__"):
+        return
+    plain_overflow = TritonSemantic.binary_op_sanitize_overflow_impl
+    plain_types = TritonSemantic.binary_op_type_checking_impl
+    plain_shapes = TritonSemantic.broadcast_impl_value
+    plain_element = interpreter._get_np_dtype
+    # What two values of one type are computed in is that type; a number takes the type of the value beside it.
+    promoted_to_themselves = {"fp64", "fp32", "int64", "int32", "uint64", "uint32", "int1"}
+    takes_part = {"fp64": (float, int), "fp32": (float, int), "int64": (int,), "int32": (int,)}
+    elements, shapes = {}, {}
+
+    @functools.wraps(plain_overflow)
+    def check_overflow(self, lhs, rhs, binary_op):
+        if self.builder.options.debug:
+            plain_overflow(self, lhs, rhs, binary_op)
+
+    @functools.wraps(plain_types)
+    def check_types(self, lhs, rhs, *args, **kwargs):
+        if isinstance(lhs, tl.tensor) and isinstance(rhs, tl.tensor):
+            if lhs.dtype.name == rhs.dtype.name and lhs.dtype.name in promoted_to_themselves:
+                return self.broadcast_impl_value(lhs, rhs)
+        elif isinstance(lhs, tl.tensor) and type(rhs) in takes_part.get(lhs.dtype.name, ()):
+            return self.broadcast_impl_value(lhs, self._cast_to_computation_type(rhs, lhs.dtype))
+        elif isinstance(rhs, tl.tensor) and type(lhs) in takes_part.get(rhs.dtype.name, ()):
+            return self.broadcast_impl_value(self._cast_to_computation_type(lhs, rhs.dtype), rhs)
+        return plain_types(self, lhs, rhs, *args, **kwargs)
+
+    def spread(value, shape):
+        """`value` in the shape that it is broadcast to."""
+        if value.type.is_block():
+            data = numpy.broadcast_to(value.handle.data, shape)
+        else:
+            data = numpy.full(shape, value.handle.data, dtype=element_of(value.dtype))
+        handle = interpreter.TensorHandle(data, value.handle.dtype.scalar)
+        return tl.tensor(handle, tl.block_type(value.dtype, list(shape)))
+
+    @functools.wraps(plain_shapes)
+    def check_shapes(self, lhs, rhs):
+        sizes = tuple(tuple(value.type.shape.values) if value.type.is_block() else () for value in (lhs, rhs))
+        if sizes[0] == sizes[1]:
+            return lhs, rhs
+        shape = shapes.get(sizes)
+        if shape is None:
+            lhs, rhs = plain_shapes(self, lhs, rhs)
+            if not all(sizes) or len(sizes[0]) == len(sizes[1]):
+                shapes[sizes] = tuple(lhs.type.shape.values)
+            return lhs, rhs
+        return tuple(
+            value if size == shape else spread(value, shape) for value, size in zip((lhs, rhs), sizes, strict=True)
+        )
+
+    @functools.wraps(plain_element)
+    def element_of(dtype):
+        known = elements.get(dtype.scalar.name)
+        if known is None:
+            known = elements[dtype.scalar.name] = plain_element(dtype)
+        return known
+
+    TritonSemantic.binary_op_sanitize_overflow_impl = check_overflow
+    TritonSemantic.binary_op_type_checking_impl = check_types
+    TritonSemantic.broadcast_impl_value = check_shapes
+    interpreter._get_np_dtype = element_of
 
 
 def patch_once_per_launch():
