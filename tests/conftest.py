@@ -20,6 +20,8 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
     "TRACKIO_DISABLED": "1",
 }
+# Dozens of processes import what is here: they need not compile it each time.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 UNDER_XDIST = "PYTEST_XDIST_WORKER" in os.environ
 if UNDER_XDIST:  # the workers share the cores; also for the processes that tests start
     os.environ["OMP_NUM_THREADS"] = "1"
@@ -76,7 +78,10 @@ def seed():
     """Every test starts from the same random state, whichever ran before it."""
     random.seed(0)
     numpy.random.seed(0)
-    torch.manual_seed(0)
+    if torch.cuda.is_available():
+        torch.manual_seed(0)
+    else:  # not also those of GPUs that are not there: with a trace of the stack for each, more than some tests take
+        torch.default_generator.manual_seed(0)
     return 0
 
 

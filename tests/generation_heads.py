@@ -14,7 +14,7 @@ import perceiver_flash_models
 import torch
 import x_transformer_image_models
 import x_transformer_models
-from generation_models import left_padded, tokens
+from generation_models import NEW_TOKENS, left_padded, tokens
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedModel, StaticCache
 
 
@@ -110,15 +110,17 @@ HEADS = {
 }
 
 
+# How far a cache reaches, greedy search says; what the others add to it shows after a few tokens.
+FEW = {"max_new_tokens": 6}
 STRATEGIES = {
-    "greedy": {},
-    "sampling": {"do_sample": True},
-    "top-k, top-p, temperature": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5},
-    "several sequences": {"do_sample": True, "num_return_sequences": 3},
-    "beams": {"num_beams": 3},
-    "several beams returned": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5},
-    "beam sampling": {"num_beams": 3, "do_sample": True},
-    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2},
+    "greedy": {"max_new_tokens": NEW_TOKENS},
+    "sampling": {"do_sample": True, **FEW},
+    "top-k, top-p, temperature": {"do_sample": True, "top_k": 20, "top_p": 0.9, "temperature": 1.5, **FEW},
+    "several sequences": {"do_sample": True, "num_return_sequences": 3, **FEW},
+    "beams": {"num_beams": 3, **FEW},
+    "several beams returned": {"num_beams": 4, "num_return_sequences": 2, "length_penalty": 0.5, **FEW},
+    "beam sampling": {"num_beams": 3, "do_sample": True, **FEW},
+    "repetition penalty": {"repetition_penalty": 1.3, "no_repeat_ngram_size": 2, **FEW},
 }
 KINDS = ("greedy", "top-k, top-p, temperature", "beams", "beam sampling")
 # transformers 5 keeps these in repositories of their own, which `generate` fetches if it may run their code.

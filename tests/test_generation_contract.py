@@ -29,9 +29,9 @@ def asked(request):
 
 
 @functools.cache
-def by_definition(asked, strategy="greedy"):
-    """What the prompt has to give, in whatever way it is asked."""
-    return run(asked.model, **asked.prompt(), use_cache=False, **table.STRATEGIES[strategy])
+def by_definition(asked, *lengths, strategy="greedy"):
+    """What the prompt has to give, in whatever way it is asked; `lengths` are those of its rows."""
+    return run(asked.model, **asked.prompt(*lengths), use_cache=False, **table.STRATEGIES[strategy])
 
 
 def about(strategy):
@@ -88,10 +88,10 @@ def test_models_are_decisive(asked):
     indirect=["asked"],
 )
 def test_cached_equals_uncached(asked, strategy):
-    prompt = asked.prompt()
-    cached = run(asked.model, **prompt, **table.STRATEGIES[strategy])
-    assert_same(cached, by_definition(asked, strategy), strategy)
-    assert_one_at_a_time(cached, asked.shown(prompt))
+    prompt, options = asked.prompt(), table.STRATEGIES[strategy]
+    cached = run(asked.model, **prompt, **options)
+    assert_same(cached, by_definition(asked, strategy=strategy), strategy)
+    assert_one_at_a_time(cached, asked.shown(prompt), options["max_new_tokens"])
 
 
 @pytest.mark.matrix("padding")
@@ -99,10 +99,11 @@ def test_cached_equals_uncached(asked, strategy):
 def test_a_padded_batch_equals_its_rows(asked):
     lengths = [asked.short, asked.long, (asked.short + asked.long) // 2]
     prompt = asked.prompt(*lengths)
-    batch = run(asked.model, **prompt)
+    batch = run(asked.model, **prompt, **table.FEW)
     for row, length in enumerate(lengths):
-        alone = run(asked.model, **asked.alone(prompt, row, length))
-        assert batch.sequences[row, -NEW_TOKENS:].tolist() == alone.sequences[0, -NEW_TOKENS:].tolist(), f"row {row}"
+        alone = run(asked.model, **asked.alone(prompt, row, length), **table.FEW)
+        new = len(batch.logits)
+        assert batch.sequences[row, -new:].tolist() == alone.sequences[0, -new:].tolist(), f"row {row}"
         assert_within_budget(batch.logits[:, row], alone.logits[:, 0].double(), alone.logits[:, 0], f"row {row}")
 
 
@@ -111,7 +112,7 @@ def test_a_padded_batch_equals_its_rows(asked):
 def test_rows_that_end_early(asked):
     """A finished row is fed padding while the others go on."""
     prompt = asked.prompt(asked.long, asked.short, asked.long)
-    end = run(asked.model, **prompt).sequences[0, -NEW_TOKENS + 3].item()
+    end = run(asked.model, **prompt, max_new_tokens=4).sequences[0, -1].item()
     cached = run(asked.model, **prompt, eos_token_id=end)
     assert_same(cached, run(asked.model, **prompt, eos_token_id=end, use_cache=False), "a row ends early")
     assert (cached.sequences[0, cached.sequences.shape[1] - len(cached.logits) + 4 :] == 0).all()
@@ -152,7 +153,7 @@ def test_assistant_model(asked, noise, refused):
             run(asked.model, **prompt, assistant_model=assistant)
         return
     assisted = run(asked.model, **prompt, assistant_model=assistant)
-    assert_same(assisted, run(asked.model, **prompt, use_cache=False), "assistant model")
+    assert_same(assisted, by_definition(asked, asked.long), "assistant model")
     if noise == 0.0:
         # The assistant of an encoder–decoder loses its place in transformers after the first round, BART's as well.
         most = NEW_TOKENS - 3 if asked.model.config.is_encoder_decoder else NEW_TOKENS // 2
@@ -196,13 +197,13 @@ def test_next_turn_of_a_conversation(asked):
 @pytest.mark.parametrize("chunk", [1, 3])
 def test_chunked_prefill(asked, chunk, refused):
     """The first chunks are all padding for one of the rows."""
-    prompt = asked.prompt()
+    lengths = ()
     if asked.first_call_reaches_every_row:
         with refused(ValueError, match="memory tokens"):
-            run(asked.model, **prompt, prefill_chunk_size=chunk)
-        prompt = asked.prompt(asked.long, asked.long)
-    chunked = run(asked.model, **prompt, prefill_chunk_size=chunk)
-    assert_same(chunked, run(asked.model, **prompt, use_cache=False), "chunked prefill")
+            run(asked.model, **asked.prompt(), prefill_chunk_size=chunk)
+        lengths = (asked.long, asked.long)
+    chunked = run(asked.model, **asked.prompt(*lengths), prefill_chunk_size=chunk)
+    assert_same(chunked, by_definition(asked, *lengths), "chunked prefill")
     prefill = [chunk] * (asked.long // chunk) + [asked.long % chunk] * (asked.long % chunk > 0)
     assert chunked.lengths == prefill + [1] * (NEW_TOKENS - 1)
 
@@ -225,10 +226,11 @@ def test_chunked_prefill_of_a_target_is_refused(asked, refused, request):
 @pytest.mark.parametrize("strategy", ["greedy", "beams"])
 def test_static_cache(asked, strategy):
     prompt = asked.prompt()
-    static = run(asked.model, **prompt, cache_implementation="static", **table.STRATEGIES[strategy])
+    options = table.STRATEGIES[strategy]
+    static = run(asked.model, **prompt, cache_implementation="static", **options)
     assert isinstance(static.decoder_cache, StaticCache)
-    assert_same(static, by_definition(asked, strategy), "static cache")
-    assert_one_at_a_time(static, asked.shown(prompt))
+    assert_same(static, by_definition(asked, strategy=strategy), "static cache")
+    assert_one_at_a_time(static, asked.shown(prompt), options["max_new_tokens"])
 
 
 @pytest.mark.matrix("static")
@@ -256,7 +258,8 @@ def test_offloaded_cache(asked, implementation, refused):
             run(model, **prompt, cache_implementation=implementation)
         return
     offloaded = run(model, **prompt, cache_implementation=implementation)
-    assert_same(offloaded, run(model, **prompt, use_cache=False), implementation)
+    expected = by_definition(asked) if model is asked.model else run(model, **prompt, use_cache=False)
+    assert_same(offloaded, expected, implementation)
 
 
 @pytest.mark.matrix("quantised")
@@ -370,9 +373,10 @@ def test_rows_reordered_repeated_and_selected(asked, kind):
             "repeated": (lambda cache: cache.batch_repeat_interleave(2), [0, 0, 1, 1, 2, 2]),
             "selected": (lambda cache: cache.batch_select_indices(torch.tensor([2, 1])), [2, 1]),
         }
+    filled = asked.cache(kind)
+    asked.feed(filled, ids, [11, 1, 1])  # steps leave more behind than a prompt does
     for what, (change, rows) in changes.items():
-        cache = asked.cache(kind)
-        asked.feed(cache, ids, [11, 1, 1])  # steps leave more behind than a prompt does
+        cache = copy.deepcopy(filled)
         change(cache)
         asked.assert_remembers(cache, ids[rows], what, rows)
 

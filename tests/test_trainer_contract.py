@@ -4,6 +4,7 @@ With the collator that transformers has for the task (tests/training_tasks.py); 
 `Seq2SeqTrainer`, which also generates while it evaluates.
 """
 
+import gc
 from functools import cache
 
 import pytest
@@ -68,6 +69,15 @@ def evaluate(trainer):
         return trainer.evaluate()["eval_loss"]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen_objects():
+    """accelerate collects garbage after each run: not again and again among all that other tests have imported."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     """By head: the trainer of a finished run, its folder, and the evaluation loss before it."""
@@ -99,7 +109,7 @@ def test_trains_and_evaluates(head, trained):
 @heads
 def test_a_resumed_run_is_the_uninterrupted_one_to_the_bit(head, trained, tmp_path):
     whole, folder, _ = trained(head)
-    again = trainer_for(head, make(head, seed=1), tmp_path)
+    again = trainer_for(head, make(head, seed=1), tmp_path, save_strategy="no")
     again.train(resume_from_checkpoint=str(folder / f"checkpoint-{saved_at(head)}"))
     assert again.state.global_step == STEPS
     for name, tensor in whole.model.state_dict().items():
@@ -151,7 +161,7 @@ def test_a_step_is_one_graph(head):
     row = HEADS[head]
     model = make(head, **FEWER_LAYERS.get(row.model_type, {"num_hidden_layers": 1})).eval()
     inputs, gradients = batch(head, model) if row.learns else row.inputs(), []
-    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager")):
+    for function in (model, torch.compile(model, fullgraph=True, backend="aot_eager_default_partitioner")):
         model.zero_grad()
         output = function(**inputs)
         loss = output.loss if row.learns else output[0].square().mean()

@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import pytest
+import torch
 
 from .skips import entries_for
 
@@ -27,6 +28,14 @@ UPSTREAM_MARKERS = (
 
 # The plain asserts of the mixins then show their operands, as ours do.
 pytest.register_assert_rewrite("transformers_tests")
+
+
+@pytest.fixture(autouse=True)
+def short_tensors():
+    """The mixins write tensors into messages that nobody reads: without their elements, in a tenth of the time."""
+    torch.set_printoptions(edgeitems=0, threshold=0)
+    yield
+    torch.set_printoptions(profile="default")
 
 
 def pytest_configure(config):

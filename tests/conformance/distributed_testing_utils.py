@@ -7,12 +7,15 @@ even where there is a GPU: the mixins are about sharding, and two ranks need no 
 
 import functools
 import multiprocessing
+import multiprocessing.connection
 import os
+import random
 import time
+import traceback
 
+import numpy
 import torch
 import torch.distributed as dist
-import torch.multiprocessing
 
 
 # Longer than any of the tests takes with four ranks on two cores, short enough to notice a deadlock.
@@ -20,6 +23,9 @@ DEADLINE_SECONDS = 300
 
 # What every rank imports: what the mixins need, and our models.
 PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "transformers.testing_utils", "hf_efficient"]
+
+# How many steps the FSDP mixin trains where it compares FSDP with DDP; a checkpoint is in the middle. It wants 20.
+FSDP_STEPS = 8
 
 
 def _get_distributed_device_type() -> str:
@@ -39,20 +45,93 @@ def _set_rank_device(rank: int) -> None:
     torch.set_num_threads(1)
 
 
+class _Ranks:
+    """Processes that carry out one function after the other; rank 3 exists once a test has asked for four.
+
+    A test's time is mostly what a new process computes for the first time: transformers' conversions of checkpoints,
+    the rules by which torch shards each operation. Every function opens and closes a process group of its own. After
+    one that failed, all ranks are replaced: the others may still wait for it.
+    """
+
+    def __init__(self):
+        self.processes, self.connections = [], []
+
+    def run(self, function, args, count: int) -> None:
+        """Calls `function(rank, *args)` in `count` ranks; raises what the first failing one raised."""
+        self._start(count)
+        waiting = dict(zip(self.connections[:count], range(count), strict=True))
+        for connection in waiting:
+            connection.send((function, args))
+        deadline = time.monotonic() + DEADLINE_SECONDS
+        try:
+            while waiting:
+                ready = multiprocessing.connection.wait(waiting, timeout=max(deadline - time.monotonic(), 0))
+                if not ready:
+                    raise TimeoutError(f"{function.__name__}: {count} ranks did not finish in {DEADLINE_SECONDS} s")
+                for connection in ready:
+                    rank = waiting.pop(connection)
+                    try:
+                        error = connection.recv()
+                    except EOFError:
+                        error = "no answer: the process is gone"
+                    if error:
+                        raise RuntimeError(f"{function.__name__}: rank {rank} ended with\n{error}")
+        except BaseException:
+            self._kill()
+            raise
+
+    def _start(self, count: int) -> None:
+        # One server process imports torch and transformers once and forks the ranks: a spawned rank would import both
+        # again, which takes longer than most of the tests; one forked from here would inherit our threads' locks.
+        multiprocessing.set_forkserver_preload(PRELOADED)
+        context = multiprocessing.get_context("forkserver")
+        for rank in range(len(self.processes), count):
+            ours, theirs = context.Pipe()
+            process = context.Process(target=_serve, args=(rank, theirs), daemon=True)
+            process.start()
+            theirs.close()
+            self.processes.append(process)
+            self.connections.append(ours)
+
+    def _kill(self) -> None:
+        for process in self.processes:
+            process.kill()
+        for process, connection in zip(self.processes, self.connections, strict=True):
+            process.join()
+            connection.close()
+        self.processes, self.connections = [], []
+
+
+_ranks = _Ranks()
+
+
+def _serve(rank: int, connection) -> None:
+    from transformers_tests import test_fsdp_mixin
+
+    test_fsdp_mixin.NUM_STEPS = FSDP_STEPS
+    environment = dict(os.environ)
+    while True:
+        try:
+            function, args = connection.recv()
+        except EOFError:
+            return
+        os.environ.clear()
+        os.environ.update(environment)
+        torch.use_deterministic_algorithms(False)
+        random.seed(0)
+        numpy.random.seed(0)
+        torch.manual_seed(0)
+        error = None
+        try:
+            function(rank, *args)
+        except BaseException:
+            error = traceback.format_exc()
+        connection.send(error)
+
+
 def _start_rank_processes(function, args=(), nprocs=1) -> None:
     """Calls `function(rank, *args)` in `nprocs` processes; raises what the first failing one raised."""
-    # One server process imports torch and transformers once and forks the ranks: a spawned rank would import both
-    # again, which takes longer than most of the tests, and a rank forked from here would inherit our threads' locks.
-    multiprocessing.set_forkserver_preload(PRELOADED)
-    ranks = torch.multiprocessing.start_processes(
-        function, args=args, nprocs=nprocs, join=False, start_method="forkserver"
-    )
-    deadline = time.monotonic() + DEADLINE_SECONDS
-    while not ranks.join(timeout=5):
-        if time.monotonic() > deadline:
-            for process in ranks.processes:
-                process.kill()
-            raise TimeoutError(f"{function.__name__}: {nprocs} ranks did not finish in {DEADLINE_SECONDS} s")
+    _ranks.run(function, args, nprocs)
 
 
 def run_distributed(world_size: int):

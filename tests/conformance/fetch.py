@@ -6,7 +6,7 @@ unpacked under `.cache/transformers_tests/<version>/`, and the missing helper mo
 for what cannot be had, and our own `distributed_testing_utils.py` for the process launcher.
 
 It is a package on disk rather than a set of modules made in memory because the tensor-parallel and FSDP tests start
-fresh processes, which import the test functions by name.
+processes of their own, which import the test functions by name.
 """
 
 import importlib.metadata

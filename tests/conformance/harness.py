@@ -16,11 +16,13 @@ from transformers import PreTrainedModel
 from hf_efficient.registry import ARCHITECTURES
 
 from .fetch import ensure_upstream
+from .quiet_subtests import QuietSubTests
 
 
 sys.path.insert(0, str(ensure_upstream()))
 
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin  # noqa: E402
+from transformers_tests.distributed_testing_utils import run_distributed  # noqa: E402, F401
 from transformers_tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402
 from transformers_tests.test_fsdp_mixin import FSDPTesterMixin  # noqa: E402
@@ -110,7 +112,7 @@ class EncoderDecoderTester(TextTester):
         }
 
 
-class CommonTests(ModelTesterMixin):
+class CommonTests(QuietSubTests, ModelTesterMixin):
     """ModelTesterMixin and ConfigTester around one tester object. Subclasses add `unittest.TestCase`."""
 
     tester: ClassVar[type[TextTester]]
@@ -144,3 +146,6 @@ class CausalTests(TrainingTesterMixin, TensorParallelTesterMixin, FSDPTesterMixi
 
     # Repeated because the mixins come before CommonTests and declare an abstract property of this name.
     model_tester = None
+    # Ten times the rate gets as far in a fifth of the steps.
+    training_overfit_learning_rate = 1e-2
+    training_overfit_steps = 60

@@ -17,8 +17,7 @@ from hf_efficient import (
 )
 from hf_efficient.modeling.colt5_stacks import CoLT5CausalDecoder
 
-from .distributed_testing_utils import run_distributed
-from .harness import CausalTests, CommonTests, EncoderDecoderTester, GenerativeTests, TextTester
+from .harness import CausalTests, CommonTests, EncoderDecoderTester, GenerativeTests, TextTester, run_distributed
 from .parallel_ranks import check_rank
 
 

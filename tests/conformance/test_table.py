@@ -33,8 +33,9 @@ def entries_for(class_name, test):
 """
 TESTS = """
 import unittest
+from .quiet_subtests import QuietSubTests
 
-class Case(unittest.TestCase):
+class Case(QuietSubTests, unittest.TestCase):
     def test_explained(self): self.skipTest("no engine")
     def test_explained_decorated(self): raise unittest.SkipTest("no engine")
     def test_explained_in_subtest(self):
@@ -67,7 +68,8 @@ RED |= {"passes_now", "fails_otherwise", "skips_now", "fails_instead"}
 def test_a_skip_and_its_row_need_each_other(tmp_path):
     folder = tmp_path / "tests"
     folder.mkdir()
-    shutil.copy(document.HERE / "conftest.py", folder)
+    for name in ("conftest.py", "quiet_subtests.py"):
+        shutil.copy(document.HERE / name, folder)
     shutil.copy(document.HERE / "skips.py", folder / "real_skips.py")
     (folder / "skips.py").write_text(TABLE)
     (folder / "test_case.py").write_text(TESTS)

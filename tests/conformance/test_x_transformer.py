@@ -15,9 +15,13 @@ from hf_efficient import (
 from .harness import CausalTests, CommonTests, EncoderDecoderTester, GenerativeTests, TextTester
 
 
+# The tests of scaled rotary embeddings read half as much again.
+LENGTH = {"max_position_embeddings": 128}
+
+
 class DecoderTester(TextTester):
     config_class = XTransformerConfig
-    config_arguments = {"is_decoder": True}
+    config_arguments = {**LENGTH, "is_decoder": True}
     model_classes = (XTransformerModel, XTransformerForCausalLM)
     base_model_class = XTransformerModel
     causal_lm_class = XTransformerForCausalLM
@@ -31,6 +35,7 @@ class ManyOptionsTester(DecoderTester):
     """One of each kind of option, tied to the head. (Memory tokens are in hidden states; the tests count those.)"""
 
     config_arguments = {
+        **LENGTH,
         "is_decoder": True,
         "tie_word_embeddings": True,
         "position_bias": "t5",
@@ -56,6 +61,7 @@ class XTransformerManyOptionsTest(GenerativeTests, unittest.TestCase):
 
 class EncoderTester(TextTester):
     config_class = XTransformerConfig
+    config_arguments = LENGTH
     model_classes = (
         XTransformerModel,
         XTransformerForMaskedLM,
