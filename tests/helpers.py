@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
-from warm_process import WarmProcess
+from warm_process import Fork, WarmProcess
 
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -26,7 +26,7 @@ class _Hiding:
 sys.meta_path[:] = [_Hiding(finder) for finder in sys.meta_path]
 """
 WITHOUT_THE_PACKAGE = ("hf_efficient",)
-_warm = WarmProcess(_HIDE.format(hidden=set(WITHOUT_THE_PACKAGE)))
+_warm = WarmProcess()
 
 
 def assert_within_budget(actual: Tensor, oracle: Tensor, eager: Tensor, name: str) -> None:
@@ -77,18 +77,13 @@ def subprocess_without_package(
     It may be the fork of a process that imported torch and transformers, but never hf_efficient (warm_process.py);
     with other packages hidden, or in another environment, it is started from nothing.
     """
+    hide = _HIDE.format(hidden=set(hidden))
+    variables = _variables(environment)
     with tempfile.TemporaryDirectory() as empty:
-        if hidden == WITHOUT_THE_PACKAGE and not environment and _warm.fits(os.environ):
-            return _output(*_warm.run(code, tuple(map(str, arguments)), empty, timeout))
-        return run_python(
-            "-I",
-            "-c",
-            _HIDE.format(hidden=set(hidden)) + code,
-            *arguments,
-            cwd=empty,
-            environment=environment,
-            timeout=timeout,
-        )
+        if hidden == WITHOUT_THE_PACKAGE and _warm.fits(variables):
+            words = ("-c", code, *map(str, arguments))
+            return _output(*_warm.start(words, empty, variables, before=hide, isolated=True).wait(timeout))
+        return run_python("-I", "-c", hide + code, *arguments, cwd=empty, environment=environment, timeout=timeout)
 
 
 def run_python(
@@ -99,16 +94,45 @@ def run_python(
     timeout: float = 300,
 ) -> str:
     """Run a Python process and return its standard output; an environment value of None removes the variable."""
-    variables = os.environ | (environment or {})
     finished = subprocess.run(
         [str(python), *map(str, arguments)],
         cwd=cwd,
-        env={name: value for name, value in variables.items() if value is not None},
+        env=_variables(environment),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
     return _output(finished.returncode, finished.stdout, finished.stderr)
+
+
+def run_warm_python(
+    *arguments: object,
+    cwd: Path | str = ROOT,
+    environment: dict[str, str | None] | None = None,
+    timeout: float = 300,
+) -> str:
+    """As `run_python`, in the fork of a process that imported torch and transformers, but never hf_efficient.
+
+    For what does not ask whether a program finds everything that it imports, or how long that takes. In an environment
+    other than that of the tests it is started from nothing.
+    """
+    if not _warm.fits(_variables(environment)):
+        return run_python(*arguments, cwd=cwd, environment=environment, timeout=timeout)
+    return _output(*start_warm_python(*arguments, cwd=cwd, environment=environment).wait(timeout))
+
+
+def start_warm_python(
+    *arguments: object, cwd: Path | str = ROOT, environment: dict[str, str | None] | None = None
+) -> Fork:
+    """Start what `run_warm_python` runs: it has a process id, and `wait`."""
+    variables = _variables(environment)
+    assert _warm.fits(variables), "the environment must be that of the tests, but for PYTHONPATH and OMP_NUM_THREADS"
+    return _warm.start(tuple(map(str, arguments)), str(cwd), variables)
+
+
+def _variables(environment: dict[str, str | None] | None) -> dict[str, str]:
+    variables = os.environ | (environment or {})
+    return {name: value for name, value in variables.items() if value is not None}
 
 
 def _output(status: int, stdout: str, stderr: str) -> str:

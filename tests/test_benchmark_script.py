@@ -4,6 +4,8 @@ Run: pytest tests/test_benchmark_script.py
 """
 
 import dataclasses
+import shutil
+import sys
 import types
 
 import pytest
@@ -24,6 +26,7 @@ benchmark_gpu = load_script("benchmark_gpu")
 benchmark_gpu_work = load_script("benchmark_gpu_work")
 
 
+NO_HYPOTHESIS = "-p no:hypothesispytest"  # its plugin takes a second in each process
 PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
 PARTS += ("perceiver", "perceiver-chunks", "perceiver-language", "x-transformer")
 
@@ -32,13 +35,57 @@ def make_row(name, provider, mode, length, median, **fields):
     return measure.Row(name, provider, mode, length, median, median, median, 5, **fields)
 
 
-def test_quick_run(tmp_path):
+@pytest.fixture
+def few_calls(monkeypatch):
+    """One call for each figure, where it is not asked how steady the figure is."""
+    monkeypatch.setattr(measure, "SHORT", 0)
+    monkeypatch.setattr(measure, "PEAKS", 1)
+
+
+def test_quick_run_from_the_command_line(tmp_path):
+    """A copy of the scripts beside tests of its own: first red, so there are no figures, then green."""
+    shutil.copytree(ROOT / "scripts", tmp_path / "scripts", ignore=shutil.ignore_patterns("__pycache__"))
+    (tmp_path / "tests").mkdir()
+    (test,) = gate.QUICK_TESTS["soft_topk"]
+    path, _, name = test.partition("::")
     output = tmp_path / "rows.csv"
-    printed = run_python(
-        "scripts/benchmark.py",
-        *("--quick", "--threads", 1, "--only", *PARTS, "--output", output),
-        environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
-    )
+
+    def run():
+        return run_python(
+            "scripts/benchmark.py",
+            *("--quick", "--threads", 1, "--only", "topk", "--output", output),
+            cwd=tmp_path,
+            environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "PYTEST_ADDOPTS": NO_HYPOTHESIS},
+        )
+
+    (tmp_path / path).write_text(f"def {name}(): assert False\n")
+    with pytest.raises(AssertionError, match="The tests of soft_topk are red: no figures"):
+        run()
+    assert not output.exists()
+    (tmp_path / path).write_text(f"def {name}(): pass\n")
+    printed = run()
+    assert "| target" in printed and "not measured" in printed
+    rows = benchmark.read_rows(output)
+    assert {(row.name, row.provider, row.length, row.threads) for row in rows} >= {("soft_topk", "ours", 128, 1)}
+
+
+def run_setting_here(setting, output):
+    sys.argv += ["--setting", setting, "--output", str(output)]
+    benchmark.measure(benchmark.parse_arguments())
+
+
+def test_every_part_of_a_quick_run(few_calls, tmp_path, monkeypatch):
+    """In this process, which is told what the process of its own is told otherwise."""
+    output = tmp_path / "rows.csv"
+    words = ["benchmark.py", "--quick", "--threads", "1", "--only", *PARTS, "--output", str(output)]
+    monkeypatch.setattr(sys, "argv", words)
+    monkeypatch.setattr(gate, "require_green", lambda ops, quick: None)
+    monkeypatch.setattr(benchmark, "run_setting", run_setting_here)
+    threads = torch.get_num_threads()
+    try:
+        benchmark.main()
+    finally:
+        torch.set_num_threads(threads)
     rows = benchmark.read_rows(output)
     found = {(row.name, row.provider, row.mode, row.length) for row in rows}
     for provider in ("ours", "sdpa"):
@@ -64,10 +111,9 @@ def test_quick_run(tmp_path):
     ours, theirs = ({row.length: row for row in rows if row.key[:2] == ("decode", p)} for p in ("ours", "gpt2"))
     assert ours[16].cache_bytes == ours[32].cache_bytes > 0
     assert theirs[32].cache_bytes > theirs[16].cache_bytes
-    assert "| target" in printed and "not measured" in printed
 
 
-def test_the_gpu_benchmark_runs():
+def test_the_gpu_benchmark_runs(few_calls):
     """Every piece of work, tiny and on the CPU: what a GPU machine must not be the first to run."""
     rows = list(benchmark_gpu.measure(torch.device("cpu"), [64], repeats=1))
     names = {"copy", "product", "linear_attention_causal", "linear_attention_plain", "soft_topk"}
@@ -124,7 +170,7 @@ def test_the_gpu_benchmark_compares_the_same_things():
 
 
 @pytest.mark.parametrize("causal", [True, False])
-def test_every_provider_attends(causal):
+def test_every_provider_attends(few_calls, causal):
     """Each against its own formula in float64; the peers' too, so that a row never times nonsense."""
     rows = list(operations.measure(64, causal, repeats=1))
     providers = {"ours", "ours-relu", "sdpa", "performer-pytorch", "performer-pytorch-relu"}
@@ -133,7 +179,7 @@ def test_every_provider_attends(causal):
     assert all(("performer-pytorch 1." in row.peer) == row.provider.startswith("performer-pytorch") for row in rows)
 
 
-def test_every_layer_runs():
+def test_every_layer_runs(few_calls):
     rows = list(layers.measure(256, repeats=1))
     providers = {"ours", "ours-peer-widths", "dense-sdpa", "colt5-attention", "longt5-local", "longt5-transient", "t5"}
     assert {(row.provider, row.mode) for row in rows} == {(p, m) for p in providers for m in layers.MODES}
@@ -161,6 +207,8 @@ def small_project(tmp_path, monkeypatch):
     monkeypatch.setattr(gate, "ROOT", tmp_path)
     monkeypatch.setattr(gate, "PASSED", tmp_path / ".cache/passed")
     monkeypatch.setattr(gate, "TESTS", {"op": ["tests/test_op*.py"]})
+    monkeypatch.setenv("PYTEST_ADDOPTS", NO_HYPOTHESIS)
+    monkeypatch.setenv("PYTEST_XDIST_AUTO_NUM_WORKERS", "1")
     return tmp_path
 
 
@@ -174,7 +222,8 @@ def test_no_figure_while_tests_are_red(small_project):
     gate.require_green(["op"])
 
 
-def test_green_is_remembered_until_something_changes(small_project, capsys):
+def test_green_is_remembered_until_something_changes(small_project, capsys, monkeypatch):
+    monkeypatch.setattr(gate, "OPTIONS", [])  # without workers: they are in the test above
     test, source = small_project / "tests/test_op_more.py", small_project / "kernels/op.py"
     source.parent.mkdir()
     test.write_text("def test_it(): pass\n")
@@ -194,7 +243,7 @@ def test_gate_finds_its_tests():
     for op, patterns in gate.TESTS.items():
         for pattern in patterns:
             assert gate._matching(pattern), f"{op}: no file like {pattern}"
-    for test in gate.QUICK_TESTS["linear_attention"]:
+    for test in (test for tests in gate.QUICK_TESTS.values() for test in tests):
         path, _, name = test.partition("::")
         assert f"def {name}(" in (ROOT / path).read_text()
 

@@ -4,7 +4,7 @@ import re
 
 import pytest
 import torch
-from helpers import ROOT, run_python
+from helpers import ROOT, run_warm_python
 from x_transformers_originals import (
     CASES,
     LAYER_CASES,
@@ -239,7 +239,7 @@ def test_every_flag_that_converts_is_in_a_case():
 
 
 def test_the_document_is_what_the_table_says_and_its_example_runs(tmp_path):
-    run_python(ROOT / "scripts" / "x_transformer_table.py", "--check", environment={"PYTHONPATH": str(ROOT)})
+    run_warm_python(ROOT / "scripts" / "x_transformer_table.py", "--check", environment={"PYTHONPATH": str(ROOT)})
     (example,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "x_transformer.md").read_text(), re.S)
-    printed = run_python("-c", example, cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
+    printed = run_warm_python("-c", example, cwd=tmp_path, environment={"PYTHONPATH": str(ROOT)})
     assert "Decoder of x-transformers 2.31.10 -> XTransformerForCausalLM" in printed

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import ROOT, run_python, subprocess_without_package
+from helpers import ROOT, run_python, start_warm_python, subprocess_without_package
 from load_script import load_script
 from transformers import (
     AutoModelForCausalLM,
@@ -202,14 +202,7 @@ def test_a_folder_with_something_in_it_stays_as_it_is(tmp_path):
 
 
 def test_errors_are_one_line_on_the_command_line(tmp_path):
-    code = (
-        "import subprocess, sys\nend = subprocess.run([sys.executable, *sys.argv[1:]], capture_output=True, text=True)"
-    )
-    printed = run_python(
-        "-c",
-        code + "\nprint(end.returncode, end.stderr)",
-        ROOT / "scripts/convert.py",
-        *("--source", "transformers", "--input", tmp_path, "--output_dir", tmp_path / "out"),
-    )
-    assert printed.startswith("1 convert.py: --input must hold a checkpoint")
-    assert "Traceback" not in printed
+    words = ("--source", "transformers", "--input", tmp_path, "--output_dir", tmp_path / "out")
+    status, _, error = start_warm_python(ROOT / "scripts/convert.py", *words).wait(60)
+    assert status == 1 and error.startswith("convert.py: --input must hold a checkpoint")
+    assert len(error.splitlines()) == 1

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from helpers import ROOT, run_python
+from forked import run_python_with_torch
+from helpers import ROOT
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_efficient.kernels.flash_attention import flash_attention
@@ -25,7 +26,7 @@ for attend, choose in ((first_attention, first_topk), (flash_attention, soft_top
 assert all(torch.equal(gradient, gradients[0]) for gradient in gradients)
 print(sorted(name for name in dir(torch.ops.hf_efficient) if name.startswith("flash")))
 """
-    printed = run_python("-c", code, environment={"PYTHONPATH": str(ROOT)})
+    printed = run_python_with_torch("-c", code, environment={"PYTHONPATH": str(ROOT)})
     names = ["flash_attention_backward", "flash_attention_forward"]
     assert printed.strip() == str(sorted(names + [f"{name}_2" for name in names]))
 

@@ -2,11 +2,13 @@
 
 import math
 import os
+import signal
 import subprocess
+import sys
 
 import pytest
 import torch
-from helpers import assert_within_budget, run_python, subprocess_without_package
+from helpers import assert_within_budget, run_python, run_warm_python, subprocess_without_package
 from warm_process import WarmProcess
 
 
@@ -76,23 +78,81 @@ def test_a_failing_process_fails_the_test_with_its_error():
         run_python("-c", "1 / 0")
 
 
-def test_forks_of_a_warm_process_know_nothing_of_each_other(tmp_path):
-    warm = WarmProcess("import sys, unittest.mock\nsys.modules['transformers'] = unittest.mock.Mock()\n")  # saves time
-    change = "import os, sys, torch\nos.environ['LEFT'] = 'behind'\ntorch.left = 1\nprint(os.getpid(), *sys.argv[1:])"
-    look = "import os, torch\nprint(os.getpid(), hasattr(torch, 'left'), 'LEFT' in os.environ, os.getcwd())"
-    try:
-        status, first, _ = warm.run(change, ("an argument",), str(tmp_path), 60)
-        assert status == 0 and first.endswith(" an argument\n")
-        status, second, _ = warm.run(look, (), str(tmp_path), 60)
-        assert second.split()[1:] == ["False", "False", str(tmp_path)] and first.split()[0] != second.split()[0]
+@pytest.fixture(scope="module")
+def warm():
+    """Without torch and transformers, to save time."""
+    process = WarmProcess(imports="")
+    yield process
+    process.stop()
 
-        status, _, error = warm.run("1 / 0", (), str(tmp_path), 60)
-        assert status == 1 and "ZeroDivisionError" in error
-        assert warm.run("import sys; sys.exit(3)", (), str(tmp_path), 60)[0] == 3
-        assert warm.fits(os.environ) and not warm.fits(os.environ | {"HF_HOME": "elsewhere"})
 
-        with pytest.raises(subprocess.TimeoutExpired):
-            warm.run("import time; time.sleep(60)", (), str(tmp_path), 0.5)
-        assert warm.run("print(1)", (), str(tmp_path), 60)[:2] == (0, "1\n")  # by a server of its own
-    finally:
-        warm.stop()
+def test_forks_of_a_warm_process_know_nothing_of_each_other(warm, tmp_path):
+    change = "import os, sys\nos.environ['LEFT'] = 'behind'\nos.left = 1\nprint(os.getpid(), *sys.argv[1:])"
+    look = "import os\nprint(os.getpid(), hasattr(os, 'left'), 'LEFT' in os.environ, os.getcwd())"
+
+    def run(code, *words, timeout=60):
+        return warm.start(("-c", code, *words), str(tmp_path), dict(os.environ)).wait(timeout)
+
+    status, first, _ = run(change, "an argument")
+    assert status == 0 and first.endswith(" an argument\n")
+    status, second, _ = run(look)
+    assert second.split()[1:] == ["False", "False", str(tmp_path)] and first.split()[0] != second.split()[0]
+
+    status, _, error = run("1 / 0")
+    assert status == 1 and "ZeroDivisionError" in error
+    assert run("import sys; sys.exit(3)")[0] == 3
+    assert warm.fits(os.environ) and not warm.fits(os.environ | {"HF_HOME": "elsewhere"})
+    assert warm.fits(os.environ | {"PYTHONPATH": "elsewhere", "OMP_NUM_THREADS": "3"})
+
+    asleep = warm.start(("-c", "import time; time.sleep(60)"), str(tmp_path), dict(os.environ))
+    assert asleep.is_running()
+    os.kill(asleep.pid, signal.SIGKILL)
+    assert asleep.wait(60)[0] == -signal.SIGKILL
+    with pytest.raises(subprocess.TimeoutExpired):
+        run("import time; time.sleep(60)", timeout=0.5)
+    assert run("print(1)")[:2] == (0, "1\n")  # by a server of its own
+    warm.start(("-c", "import time; time.sleep(60)"), str(tmp_path), dict(os.environ))
+    assert run("print(2)")[:2] == (0, "2\n")  # nobody waited for the one before
+
+
+PROGRAM = """
+import os, sys
+import beside, elsewhere
+main = sys.modules["__main__"]
+print(__name__, main.__dict__ is globals(), getattr(main, "__file__", None), sys.argv, os.getcwd())
+print(sys.path[:2], beside.__file__, elsewhere.__file__, os.environ["GIVEN"], "REMOVED" in os.environ)
+print("hf_efficient" in sys.modules, sys.stdin.read(), file=sys.stderr)
+sys.exit(3 if "fail" in sys.argv else 0)
+"""
+
+
+@pytest.mark.parametrize("kind", ["-c", "-m", "script"])
+def test_a_warm_process_is_a_cold_one_to_the_program(kind, warm, tmp_path):
+    """What it is told, what it finds, and how it ends."""
+    for folder in ("cwd", "other"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "other" / "elsewhere.py").touch()
+    program = tmp_path / "cwd" / "program.py"
+    program.write_text(PROGRAM)
+    program.with_name("beside.py").touch()
+    words = {"-c": ("-c", PROGRAM), "-m": ("-m", "program"), "script": ("program.py",)}[kind]
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path / "other"), "GIVEN": "a value"}
+    for more in ((), ("fail", "--flag")):
+        cold = subprocess.run(
+            [sys.executable, *words, *more],
+            cwd=program.parent,
+            env=environment,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+        )
+        forked = warm.start((*words, *more), str(program.parent), environment).wait(60)
+        assert forked == (cold.returncode, cold.stdout, cold.stderr)
+        assert cold.returncode == 3 * len(more[:1]) and str(tmp_path) in cold.stdout, cold.stderr
+
+
+def test_the_package_is_new_to_a_warm_process():
+    code = "import sys, torch; print('hf_efficient' in sys.modules, 'transformers' in sys.modules)"
+    more = "\nfrom hf_efficient import PerformerConfig; print(PerformerConfig.__module__, torch.get_num_threads())"
+    printed = run_warm_python("-c", code + more, environment={"OMP_NUM_THREADS": "3"})
+    assert printed.split() == ["False", "True", "hf_efficient.configuration.performer", "3"]

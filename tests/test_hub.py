@@ -7,7 +7,8 @@ import json
 import re
 
 import pytest
-from helpers import ROOT, run_python, subprocess_without_package
+from forked import run_python_with_torch, run_with_torch_and_without_package
+from helpers import ROOT
 from hub_stub import Hub, running_hub
 from huggingface_hub import ModelCard
 from test_model_card import PIPELINE_TAGS
@@ -33,10 +34,19 @@ for model_type, auto_class in rows:
     torch.save(outputs(model, auto_class), Path(sys.argv[1]) / f"{{model_type}}-{{auto_class}}")
 """
 )
-# argv: the outputs' folder, then each repository as name@commit.
+# argv: the outputs' folder, then each repository as name@commit. transformers parses every file of every repository
+# for the packages that it imports; of files that several repositories share, the answer to the first is kept.
 PULL_EVERY_HEAD = (
     IN_THE_OTHER_PROCESS
     + """
+from transformers import dynamic_module_utils
+check_imports, checked = dynamic_module_utils.check_imports, {}
+def check_imports_once(path):
+    content = Path(path).read_bytes()
+    if content not in checked:
+        checked[content] = check_imports(path)
+    return checked[content]
+dynamic_module_utils.check_imports = check_imports_once
 for argument in sys.argv[2:]:
     name, _, commit = argument.partition("@")
     auto_class = name.partition("-")[2]
@@ -44,6 +54,7 @@ for argument in sys.argv[2:]:
     model = auto.from_pretrained(name, trust_remote_code=True, revision=commit).eval()
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     check(model, auto_class, Path(sys.argv[1]) / name.rpartition("/")[2])
+dynamic_module_utils.check_imports = check_imports
 assert not any(module.partition(".")[0] == "hf_efficient" for module in sys.modules)
 """
 )
@@ -93,7 +104,7 @@ def pinned(hub: Hub, *names: str) -> list[str]:
 def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
     with running_hub() as hub:
         writer, reader = (hub.environment(tmp_path / name) for name in ("writer", "reader"))
-        run_python("-c", PUSH_EVERY_HEAD, tmp_path, environment=writer)
+        run_python_with_torch("-c", PUSH_EVERY_HEAD, tmp_path, environment=writer)
         assert set(hub.repositories) == set(NAMES)
         for name in NAMES:
             files = hub.files(name)
@@ -107,7 +118,7 @@ def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
             assert len(hub.repositories[name].head.history()) == 2  # the empty repository, and everything at once
 
         pulled = pinned(hub, *NAMES)
-        subprocess_without_package(
+        run_with_torch_and_without_package(
             PULL_EVERY_HEAD + FINE_TUNE_AND_PUSH_ON + PULL_WHAT_WAS_TUNED, tmp_path, *pulled, environment=reader
         )
         for name in ("me/tuned-AutoModelForCausalLM", "me/again-AutoModelForCausalLM", "me/config"):
@@ -118,7 +129,9 @@ def test_every_head_makes_the_trip_and_goes_on_from_there(tmp_path):
 
         before = len(hub.requests)
         offline = reader | {"HF_HUB_OFFLINE": "1"}
-        subprocess_without_package(PULL_EVERY_HEAD + PULL_WHAT_WAS_TUNED, tmp_path, *pulled, environment=offline)
+        run_with_torch_and_without_package(
+            PULL_EVERY_HEAD + PULL_WHAT_WAS_TUNED, tmp_path, *pulled, environment=offline
+        )
         assert hub.requests[before:] == []
 
 
@@ -161,7 +174,7 @@ transformers.ByT5Tokenizer(extra_ids=50).push_to_hub("me/notes", revision="loude
 
 def test_trainer_second_push_and_branch(tmp_path):
     with running_hub() as hub:
-        run_python("-c", PUSHES_OF_ONE_TRAINING, tmp_path, environment=hub.environment(tmp_path / "writer"))
+        run_python_with_torch("-c", PUSHES_OF_ONE_TRAINING, tmp_path, environment=hub.environment(tmp_path / "writer"))
         repository = hub.repositories["me/notes"]
         history = repository.head.history()[::-1]
         titles = [commit.title for commit in history]
@@ -187,7 +200,7 @@ def test_trainer_second_push_and_branch(tmp_path):
         assert third.data.tags == [*mine.data.tags, "loud"]
 
         by_title = {commit.title: commit.id for commit in history}
-        subprocess_without_package(
+        run_with_torch_and_without_package(
             IN_THE_OTHER_PROCESS
             + """
 for argument in sys.argv[2:]:
@@ -235,7 +248,7 @@ def test_an_interrupted_upload_leaves_the_last_whole_commit(tmp_path):
         hub.break_once(r"PUT /large/me/no-room/.*", 507, skip=1)
         hub.break_once(r"POST /api/models/me/no-commit/commit/main", 507, skip=1)
         hub.break_once(r"POST /api/models/me/dropped-commit/commit/main", None, skip=1)
-        run_python("-c", INTERRUPTED, environment=hub.environment(tmp_path))
+        run_python_with_torch("-c", INTERRUPTED, environment=hub.environment(tmp_path))
         assert not hub.faults
         titles = {
             name: [commit.title for commit in repository.head.history()]

@@ -87,7 +87,7 @@ def run(tmp_path):
         (tmp_path / "pytest.ini").write_text("[pytest]\ntestpaths = tests\n")
         printed = run_python(
             *("-c", "import pytest, sys; print('ended with', int(pytest.main(sys.argv[1:])))"),
-            *("-q", "-p", "no:cacheprovider", *arguments),
+            *("-q", "-p", "no:cacheprovider", "-p", "no:hypothesispytest", *arguments),
             cwd=tmp_path,
             environment={"PYTHONPATH": str(ROOT)},
         )

@@ -39,6 +39,27 @@ KERNELS = """
 import kernels
 print(kernels.__file__)
 """
+# `in_a_fork` runs code as another process would that was started the same way, but in another folder or without some
+# entry of the path: each imports transformers and ours anew. What they have in common is imported once.
+IN_A_FORK = """
+import os, sys, traceback
+import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel
+
+def in_a_fork(code, folder=".", without=None):
+    assert not {"transformers", "kernels"} & {*sys.modules}
+    child = os.fork()
+    if not child:
+        try:
+            os.chdir(folder)
+            sys.path[:] = [entry for entry in sys.path if entry != without]
+            exec(code, {})
+            sys.stdout.flush()
+            os._exit(0)
+        except BaseException:
+            traceback.print_exc()
+            os._exit(1)
+    assert os.waitpid(child, 0)[1] == 0
+"""
 
 
 @pytest.fixture
@@ -100,13 +121,11 @@ def test_constraints_pin_every_dependency_exactly():
     assert "+" not in "".join(pins.values()), "a build suffix ties the constraints to one machine's wheels"
 
 
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["alone", "with-kernels"])
-def test_a_plain_checkout_works_from_its_root(checkout, installed_kernels, with_kernels):
-    environment = {"PYTHONPATH": str(installed_kernels) if with_kernels else None}
-    output = run_python("-c", USE + KERNELS * with_kernels, cwd=checkout, environment=environment)
-    place, *kernels = output.split()
-    assert Path(place) == checkout
-    assert kernels == [str(installed_kernels / "kernels/__init__.py")] * with_kernels
+def test_a_plain_checkout_works_from_its_root(checkout, installed_kernels):
+    alone = f"in_a_fork({USE!r}, without={str(installed_kernels)!r})"
+    environment = {"PYTHONPATH": str(installed_kernels)}
+    output = run_python("-c", IN_A_FORK + alone + USE + KERNELS, cwd=checkout, environment=environment)
+    assert output.split() == [str(checkout), str(checkout), str(installed_kernels / "kernels/__init__.py")]
 
 
 def test_an_init_file_in_kernels_is_what_shadows(checkout, installed_kernels):
@@ -117,9 +136,8 @@ def test_an_init_file_in_kernels_is_what_shadows(checkout, installed_kernels):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["alone", "with-kernels"])
 @pytest.mark.parametrize("way", ["pytest", "python -m pytest"])
-def test_a_plain_checkout_works_under_pytest(checkout, installed_kernels, way, with_kernels):
+def test_a_plain_checkout_works_under_pytest(checkout, installed_kernels, way):
     (checkout / "tests").mkdir()
     for file in (
         "conftest.py",
@@ -130,8 +148,11 @@ def test_a_plain_checkout_works_under_pytest(checkout, installed_kernels, way, w
         "warm_process.py",
     ):
         shutil.copy(ROOT / "tests" / file, checkout / "tests")
-    body = (USE + KERNELS * with_kernels).replace("\n", "\n    ")
-    (checkout / "tests/test_use.py").write_text(f"import helpers\n\n\ndef test_use():\n    {body}\n")
+    (checkout / "tests/test_use.py").write_text(
+        f"import helpers\n{IN_A_FORK}\n\n"
+        f"def test_alone():\n    in_a_fork({USE!r}, without={str(installed_kernels)!r})\n\n\n"
+        f"def test_with_kernels():\n    exec({USE + KERNELS!r}, {{}})\n"
+    )
     command = [sys.executable, "-m", "pytest"] if "-m" in way else [Path(sys.executable).with_name("pytest")]
     output = run_python(
         "-c",
@@ -141,11 +162,11 @@ def test_a_plain_checkout_works_under_pytest(checkout, installed_kernels, way, w
         "-p",
         "no:cacheprovider",
         cwd=checkout,
-        environment={"PYTHONPATH": str(installed_kernels) if with_kernels else None, "PYTEST_ADDOPTS": None},
+        environment={"PYTHONPATH": str(installed_kernels), "PYTEST_ADDOPTS": None},
     )
-    assert "1 passed" in output
-    assert str(checkout) in output.split()
-    assert (str(installed_kernels / "kernels/__init__.py") in output.split()) == with_kernels
+    assert "2 passed" in output
+    assert output.splitlines().count(str(checkout)) == 2
+    assert str(installed_kernels / "kernels/__init__.py") in output.split()
 
 
 def pip(*arguments):
@@ -175,28 +196,26 @@ def test_the_wheel_holds_the_package_and_works_elsewhere(checkout, installed_ker
 
     python, site = environment_beside(tmp_path / "environment")
     pip("--python", python, "install", "--no-deps", wheel)
-    for cwd in (tmp_path, checkout.parent / "site"):
-        assert run_python("-c", USE, cwd=cwd, python=python).strip() == str(site)
+    forks = "".join(f"in_a_fork({USE!r}, {str(cwd)!r})\n" for cwd in (checkout, installed_kernels))
+    path = "print(len(hf_efficient.__path__))"
+    printed = run_python("-c", IN_A_FORK + forks + USE + path, cwd=tmp_path, python=python).split()
     # In the checkout's root the checkout is what one means, installed or not.
-    assert run_python("-c", USE, cwd=checkout, python=python).strip() == str(checkout)
-    assert (
-        run_python("-c", "import hf_efficient; print(len(hf_efficient.__path__))", cwd=tmp_path, python=python)
-        == "1\n"
-    )
+    assert printed == [str(checkout), str(site), str(site), "1"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("with_kernels", [False, True], ids=["alone", "with-kernels"])
-def test_the_editable_install_works_inside_and_outside_of_the_checkout(
-    checkout, installed_kernels, tmp_path, with_kernels
-):
+def test_the_editable_install_works_inside_and_outside_of_the_checkout(checkout, installed_kernels, tmp_path):
     python, _ = environment_beside(tmp_path / "environment")
     pip("--python", python, "install", "--no-deps", "--no-build-isolation", "--editable", checkout)
-    environment = {"PYTHONPATH": str(installed_kernels) if with_kernels else None}
-    for cwd in (tmp_path, checkout):
-        output = run_python("-c", USE + KERNELS * with_kernels, cwd=cwd, python=python, environment=environment)
-        assert output.split()[0] == str(checkout)
-        assert output.split()[1:] == [str(installed_kernels / "kernels/__init__.py")] * with_kernels
     # A module added after the installation is found without installing again.
     (checkout / "modeling/added_later.py").write_text("HERE = True\n")
-    run_python("-c", "from hf_efficient.modeling.added_later import HERE", cwd=tmp_path, python=python)
+    with_kernels, site = USE + KERNELS, str(installed_kernels)
+    code = IN_A_FORK + (
+        f"in_a_fork({USE!r}, {str(checkout)!r}, without={site!r})\n"
+        f"in_a_fork({with_kernels!r}, {str(checkout)!r})\n"
+        f"in_a_fork({USE!r}, without={site!r})\n"
+        f"{with_kernels}from hf_efficient.modeling.added_later import HERE"
+    )
+    printed = run_python("-c", code, cwd=tmp_path, python=python, environment={"PYTHONPATH": site}).split()
+    place, kernels = str(checkout), str(installed_kernels / "kernels/__init__.py")
+    assert printed == [place, place, kernels, place, place, kernels]

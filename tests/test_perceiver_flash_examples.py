@@ -5,7 +5,7 @@ Also what its users run into: masks that cost memory, and weights that nothing r
 
 import pytest
 import torch
-from helpers import ROOT, run_python
+from helpers import ROOT, run_warm_python
 
 from hf_efficient import (
     PerceiverFlashConfig,
@@ -140,6 +140,8 @@ for given in (None, mask):
 @pytest.mark.parametrize("implementation", ["sdpa", "hf_efficient"])
 def test_a_mask_costs_no_memory_of_queries_times_keys(implementation):
     """Measured: a bool for each of 2×1,024×65,536 pairs would be 128 MiB, the keys and values themselves are 16."""
-    printed = run_python("-c", MASK_MEMORY, ROOT / "scripts", implementation, environment={"OMP_NUM_THREADS": "1"})
+    printed = run_warm_python(
+        "-c", MASK_MEMORY, ROOT / "scripts", implementation, environment={"OMP_NUM_THREADS": "1"}
+    )
     plain, masked = map(float, printed.split())
     assert masked - plain < 48, (plain, masked)

@@ -54,7 +54,8 @@ def numbers(task, answer):
     return [[int(label["label"][-1]), label["score"]] for label in answer]
 
 folder, answers = Path(sys.argv[1]), {}
-for saved in sorted(path for path in folder.iterdir() if path.is_dir()):
+# All folders have one name: those with the same code are then one module for transformers, imported once.
+for saved in sorted(folder.glob("*/saved")):
     auto_class, task, inputs = json.loads((saved / "task").read_text())
     model = str(saved)
     if auto_class == "AutoModelForTextEncoding":  # the pipeline itself would load AutoModel
@@ -63,7 +64,7 @@ for saved in sorted(path for path in folder.iterdir() if path.is_dir()):
     run = transformers.pipeline(task, model=model, trust_remote_code=True, **{beside: str(saved)})
     assert type(run.model).__module__.startswith("transformers_modules."), type(run.model)
     options = OPTIONS.get(task, {})
-    answers[saved.name] = [
+    answers[saved.parent.name] = [
         [numbers(task, answer) for answer in run(inputs, batch_size=2, **options)],
         [numbers(task, run(one, **options)) for one in inputs],
     ]
@@ -98,7 +99,7 @@ def answers(tmp_path_factory):
     models = {name: make(name) for name in PIPED}
     processor = ViTImageProcessor(size={"height": IMAGE_SIZE, "width": IMAGE_SIZE})
     for name, model in models.items():
-        auto_class, saved = HEADS[name].auto_class, folder / name
+        auto_class, saved = HEADS[name].auto_class, folder / name / "saved"
         model.save_pretrained(saved)
         inputs = MASKED if TASKS[auto_class] == "fill-mask" else TEXTS
         if TASKS[auto_class] == "image-classification":
@@ -113,7 +114,8 @@ def answers(tmp_path_factory):
         (saved / "task").write_text(json.dumps([auto_class, TASKS[auto_class], inputs]))
     subprocess_without_package(IN_THE_OTHER_PROCESS, folder)
     said = json.loads((folder / "answers").read_text())
-    return {name: (models[name], *said[name], json.loads((folder / name / "task").read_text())[2]) for name in PIPED}
+    tasks = {name: json.loads((folder / name / "saved/task").read_text()) for name in PIPED}
+    return {name: (models[name], *said[name], tasks[name][2]) for name in PIPED}
 
 
 @torch.no_grad()

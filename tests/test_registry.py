@@ -3,10 +3,12 @@
 import ast
 import importlib
 import json
+import pickle
 import sys
 
 import pytest
 import transformers
+from forked import run_python_with_torch
 from helpers import ROOT, run_python
 from toy_package import write_toy_package
 from transformers import PreTrainedModel
@@ -153,11 +155,11 @@ for model_type, architecture in ARCHITECTURES.items():
     assert AutoModel._model_mapping[architecture.config_class()] is architecture.model_classes()["AutoModel"]
 assert not [finder for finder in sys.meta_path if type(finder).__name__ == "_WatchingFinder"]
 """
-    run_python("-c", IMPORT_ORDERS[order] + check)
+    run_python_with_torch("-c", IMPORT_ORDERS[order] + check)
 
 
 def test_watched_modules_keep_their_loader_and_source(tmp_path):
-    run_python(
+    run_python_with_torch(
         "-c",
         "import hf_efficient, inspect\nfrom transformers.models.auto import modeling_auto\n"
         "assert type(modeling_auto.__loader__).__name__ == 'SourceFileLoader', modeling_auto.__loader__\n"
@@ -169,10 +171,8 @@ def test_watched_modules_keep_their_loader_and_source(tmp_path):
 def test_a_process_that_only_unpickles_a_config_knows_the_architecture(tmp_path):
     """Spawned ranks do: without the registration they hung in distributed tests."""
     target = tmp_path / "config.pickle"
-    run_python(
-        "-c", f"import pickle, hf_efficient as h\npickle.dump(h.PerformerConfig(), open({str(target)!r}, 'wb'))"
-    )
-    run_python(
+    target.write_bytes(pickle.dumps(hf_efficient.PerformerConfig()))
+    run_python_with_torch(
         "-c",
         f"import pickle\nconfig = pickle.load(open({str(target)!r}, 'rb'))\n"
         "from transformers import AutoModel\nassert type(config) in AutoModel._model_mapping",
@@ -181,7 +181,7 @@ def test_a_process_that_only_unpickles_a_config_knows_the_architecture(tmp_path)
 
 def test_a_model_that_cannot_be_imported_is_reported_where_it_matters(tmp_path):
     write_toy_package(tmp_path, "broken_house", {"modeling/toy.py": "import a_package_nobody_has\n"})
-    output = run_python(
+    output = run_python_with_torch(
         "-c",
         "import broken_house\n"
         "try:\n    import transformers.models.auto.modeling_auto\n"

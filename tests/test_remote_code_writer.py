@@ -8,7 +8,7 @@ import os
 import sys
 
 import pytest
-from helpers import run_python
+from helpers import subprocess_without_package
 from toy_package import CONFIGURATION, FILES, MODELING, write_toy_package
 
 
@@ -211,9 +211,7 @@ def test_saving_again_from_remote_code_forgets_the_repository_of_origin(toy, tmp
     """transformers writes "repository--file.Class" for code of another repository; a saved folder has the code."""
     _, architecture = toy()
     architecture.config_class()().save_pretrained(tmp_path / "saved")
-    run_python(
-        "-I",
-        "-c",
+    subprocess_without_package(
         """
 import json, sys
 from pathlib import Path

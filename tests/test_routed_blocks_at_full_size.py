@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from helpers import ROOT, run_python
+from helpers import ROOT, run_warm_python
 
 
 pytestmark = pytest.mark.slow
@@ -22,7 +22,7 @@ def test_example(name):
     """In a process of its own, which is the only way to see its peak of memory."""
     measure = "import resource\nprint(1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)"
     code = f"import torch\ntorch.set_grad_enabled(False)\n{EXAMPLES[name]}\n{measure}"
-    peak = int(run_python("-c", code))
+    peak = int(run_warm_python("-c", code))
     print(f"{peak / 2**30:.2f} GiB")
     assert peak < LIMIT, "bytes at the peak"
 

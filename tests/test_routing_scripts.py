@@ -135,6 +135,8 @@ def test_upcycling_bookkeeping(tmp_path, monkeypatch, capsys):
     text_sources = load_script("text_sources")
     documents = [(name, text[:3000]) for name, text in text_sources.standard_library_documents()[:24]]
     monkeypatch.setattr(text_sources, "standard_library_documents", lambda: documents)
+    monkeypatch.setattr(upcycling_curve, "SIZES", {**upcycling_curve.SIZES, "num_layers": 1, "num_decoder_layers": 1})
+    monkeypatch.setattr(upcycling_curve, "BLOCK_SIZE", 128)
     sizes = ("--train_blocks", "40", "--held_out_blocks", "4", "--output_dir", str(tmp_path))
     files = ("--csv", str(tmp_path / "rows.csv"), "--figure", str(tmp_path / "figure.png"))
     rows = upcycling_curve.main(["--steps", "8", "--fine_tune_steps", "2", "--eval_steps", "1", *sizes, *files])

@@ -11,7 +11,8 @@ import sys
 
 import pytest
 import torch
-from helpers import ROOT, run_python, subprocess_without_package
+from forked import run_python_with_torch
+from helpers import ROOT, run_warm_python, subprocess_without_package
 from hub_stub import running_hub
 from test_remote_code import config_for
 
@@ -194,7 +195,7 @@ def run_fuzz(cases, folder, environment):
     )
     (folder / "cases").write_text("\n".join(map(json.dumps, cases)))
     program = FUZZ.replace("for line in sys.stdin:", "for line in open(home / 'cases').read().splitlines():")
-    printed = run_python("-c", program, folder, environment=environment | {"PYTHONPATH": str(ROOT)})
+    printed = run_python_with_torch("-c", program, folder, environment=environment | {"PYTHONPATH": str(ROOT)})
     assert not (folder / "evil_was_here").exists()
     return map(int, printed.split())
 
@@ -228,7 +229,7 @@ assert not [name for name in sys.modules if "performer" in name and name.startsw
     subprocess_without_package(loads, tmp_path / "saved")
     for path in (tmp_path / "saved").glob("*.py"):
         path.write_text("raise SystemExit('code of the checkpoint was executed')")
-    run_python(
+    run_warm_python(
         "-c",
         "import sys, hf_efficient\nfrom transformers import AutoModelForCausalLM\n"
         "for trust in (False, None):\n"
@@ -304,6 +305,6 @@ assert not (Path(sys.argv[1]) / "exploded").exists()
 
 @pytest.mark.slow
 def test_resuming_reads_no_pickle_but_tensors(tmp_path):
-    printed = run_python("-c", RESUME, tmp_path / "run", environment={"PYTHONPATH": str(ROOT)})
+    printed = run_warm_python("-c", RESUME, tmp_path / "run", environment={"PYTHONPATH": str(ROOT)})
     (pickled,) = [line.split()[1:] for line in printed.splitlines() if line.startswith("pickled:")]
     assert pickled == ["optimizer.pt", "rng_state.pth", "scheduler.pt", "training_args.bin"]

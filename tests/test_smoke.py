@@ -92,13 +92,14 @@ def test_a_checkpointed_layer_is_given_no_cache(head):
 IN_THE_OTHER_PROCESS = """
 import json, sys, torch, transformers
 from pathlib import Path
-for saved in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir()):
+# All folders have one name: those with the same code are then one module for transformers, imported once.
+for saved in sorted(Path(sys.argv[1]).glob("*/saved")):
     inputs, expected = torch.load(saved / "expected")
     model = getattr(transformers, (saved / "auto_class").read_text()).from_pretrained(saved, trust_remote_code=True)
     assert type(model).__module__.startswith("transformers_modules."), type(model)
     with torch.no_grad():
         assert torch.equal(model(**inputs)[0], expected), saved
-    model.save_pretrained(str(saved) + "-again")
+    model.save_pretrained(saved.with_name("again"))
 """
 
 
@@ -106,13 +107,14 @@ for saved in sorted(path for path in Path(sys.argv[1]).iterdir() if path.is_dir(
 def test_saved_models_load_without_the_package(tmp_path):
     models = {name: make(name) for name in REGISTERED}
     for name, model in models.items():
-        model.save_pretrained(tmp_path / name)
-        (tmp_path / name / "auto_class").write_text(HEADS[name].auto_class)
-        torch.save((HEADS[name].inputs(), model(**HEADS[name].inputs())[0]), tmp_path / name / "expected")
+        saved = tmp_path / name / "saved"
+        model.save_pretrained(saved)
+        (saved / "auto_class").write_text(HEADS[name].auto_class)
+        torch.save((HEADS[name].inputs(), model(**HEADS[name].inputs())[0]), saved / "expected")
     subprocess_without_package(IN_THE_OTHER_PROCESS, tmp_path)
     for name, model in models.items():
-        again = tmp_path / f"{name}-again"
-        code = {path.name: path.read_bytes() for path in (tmp_path / name).glob("*.py")}
+        again = tmp_path / name / "again"
+        code = {path.name: path.read_bytes() for path in (tmp_path / name / "saved").glob("*.py")}
         assert code and code == {path.name: path.read_bytes() for path in again.glob("*.py")}, name
         loaded = HEADS[name].model_class.from_pretrained(again).eval()
         assert torch.equal(loaded(**HEADS[name].inputs())[0], model(**HEADS[name].inputs())[0]), name

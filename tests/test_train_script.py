@@ -8,13 +8,11 @@ import math
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 import torch
-from helpers import ROOT, run_python
+from helpers import ROOT, run_warm_python, start_warm_python
 from load_script import load_script
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoTokenizer
@@ -289,18 +287,14 @@ def test_derived_fields_follow_overrides(corpus, tmp_path):
 def test_killed_and_resumed_equals_uninterrupted(kind, corpus, tmp_path):
     """kill -9 in the middle; for Performer the features are drawn anew every 6 steps, on either side of it."""
     words = command(kind, corpus, tmp_path / "killed", "--save_steps", 4, steps=48)
-    process = subprocess.Popen(
-        [sys.executable, str(ROOT / "scripts" / "train.py"), *words],
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(torch.get_num_threads())},
-    )
+    threads = {"OMP_NUM_THREADS": str(torch.get_num_threads())}
+    process = start_warm_python(ROOT / "scripts" / "train.py", *words, environment=threads)
     deadline = time.monotonic() + 120
     while not (tmp_path / "killed" / "checkpoint-8" / "trainer_state.json").exists():
-        assert process.poll() is None and time.monotonic() < deadline
+        assert process.is_running() and time.monotonic() < deadline
         time.sleep(0.002)
-    process.send_signal(signal.SIGKILL)
-    assert process.wait() == -signal.SIGKILL
+    os.kill(process.pid, signal.SIGKILL)
+    assert process.wait(60)[0] == -signal.SIGKILL
     killed_at = int(output_folder.last_complete_checkpoint(str(tmp_path / "killed")).name.split("-")[1])
     assert 4 <= killed_at < 48
     train.main([*words, "--resume_from_checkpoint", "True"])
@@ -324,10 +318,19 @@ def test_resumed_masks_are_those_of_the_uninterrupted_run(corpus, tmp_path):
 def test_two_processes_equal_one_with_the_doubled_batch(corpus, tmp_path):
     train.main(command("performer", corpus, tmp_path / "one", "--do_eval", steps=14))
     words = command("performer", corpus, tmp_path / "two", "--do_eval", "--per_device_train_batch_size", 2, steps=14)
-    run_python(
-        *("-m", "torch.distributed.run", "--nproc_per_node", 2, "--standalone"),
+    run_warm_python(  # torchrun forks its workers, which saves them the imports
+        *(
+            "-m",
+            "torch.distributed.run",
+            "--nproc_per_node",
+            2,
+            "--standalone",
+            "--run-path",
+            "--start-method",
+            "fork",
+        ),
         *(ROOT / "scripts" / "train.py", *words, "--ddp_backend", "gloo"),
-        environment={"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"},
         timeout=600,
     )
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")

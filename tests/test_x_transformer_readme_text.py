@@ -1,6 +1,7 @@
 """The examples with text from x-transformers' README, at their sizes: the original and what it becomes.
 
-Both compute the same for 1,024 tokens, to 2e-5 of the largest logit in float32; then ours takes a training step.
+Both compute the same, to 2e-5 of the largest logit in float32; then ours takes a training step. The deep stacks and
+those with memory read the 1,024 tokens of the README; of options that do to each token the same, 256 tell as much.
 """
 
 import pytest
@@ -16,6 +17,7 @@ pytestmark = pytest.mark.slow
 SIZES = {"num_tokens": 20000, "max_seq_len": 1024}
 STACK = {"dim": 512, "depth": 6, "heads": 8}
 DEEP = {**STACK, "depth": 12}
+WHOLE_LENGTH = ("GPT-like", "BERT-like", "memory tokens")
 # name -> class of the stack, arguments of the wrapper, of the stack, and fields that the result has to have.
 EXAMPLES = {
     "GPT-like": ("Decoder", {}, DEEP, {"is_decoder": True}),
@@ -35,7 +37,8 @@ EXAMPLES = {
 
 
 def close(actual, expected):
-    torch.testing.assert_close(actual, expected, rtol=0, atol=2e-5 * max(1.0, expected.abs().max().item()))
+    # Not assert_close, which takes a third of the time of a model for 20 million logits.
+    assert (actual - expected).abs().max().item() <= 2e-5 * max(1.0, expected.abs().max().item())
 
 
 def take_step(model, **inputs):
@@ -56,11 +59,12 @@ def test_one_stack(name):
     model, _ = convert_x_transformers(original, {**SIZES, **wrapper, "attn_layers": {"class": kind, **layers}})
     assert type(model) is (XTransformerForCausalLM if kind == "Decoder" else XTransformerForMaskedLM)
     assert {field: getattr(model.config, field) for field in fields} == fields
-    tokens = torch.randint(0, 20000, (1, 1024))
+    length = 1024 if name in WHOLE_LENGTH else 256
+    tokens = torch.randint(0, 20000, (1, length))
     with torch.no_grad():
         mask = {} if kind == "Decoder" else {"mask": torch.ones_like(tokens).bool()}
         logits = model(tokens).logits
-        assert logits.shape == (1, 1024, 20000)
+        assert logits.shape == (1, length, 20000)
         close(logits, original(tokens, **mask))
     take_step(model, input_ids=tokens[:, :64], labels=tokens[:, :64])
 
