@@ -1,5 +1,6 @@
 """What every test relies on: set before transformers or a kernel is imported, hence at the top of this file."""
 
+import gc
 import importlib.util
 import os
 import random
@@ -64,12 +65,19 @@ def pytest_collection_modifyitems(items):
     note_cells(items, head_of)
 
 
+def pytest_collection_finish():
+    """What is there by now stays: accelerate has all garbage collected before each training."""
+    gc.collect()
+    gc.freeze()
+
+
 def pytest_runtest_setup(item):
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("needs a GPU")
 
 
 def pytest_unconfigure(config):
+    gc.unfreeze()  # Triton's bindings take what is frozen for leaks
     shutil.rmtree(HF_HOME, ignore_errors=True)
 
 

@@ -8,7 +8,7 @@ of one that has imported the rest, which is three quarters of the work.
 import tempfile
 from pathlib import Path
 
-from helpers import _HIDE, ROOT, WITHOUT_THE_PACKAGE, _output, _variables
+from helpers import HIDING, ROOT, WITHOUT_THE_PACKAGE, output_of, variables_of
 from warm_process import WarmProcess
 
 
@@ -42,14 +42,14 @@ def run_python_with_torch(
 ) -> str:
     """As `helpers.run_python`; the variables may be others than those of the tests, if torch does not read them."""
     words = tuple(map(str, arguments))
-    return _output(*_warm.start(words, str(cwd), _variables(environment), **options).wait(timeout))
+    return output_of(*_warm.start(words, str(cwd), variables_of(environment), **options).wait(timeout))
 
 
 def run_with_torch_and_without_package(
     code: str, *arguments: object, environment: dict[str, str] | None = None, timeout: float = 300
 ) -> str:
     """As `helpers.subprocess_without_package`, in an environment of its own."""
-    hide = _HIDE.format(hidden=set(WITHOUT_THE_PACKAGE))
+    hide = HIDING.format(hidden=set(WITHOUT_THE_PACKAGE))
     with tempfile.TemporaryDirectory() as empty:
         return run_python_with_torch(
             "-c", code, *arguments, cwd=empty, environment=environment, timeout=timeout, before=hide, isolated=True

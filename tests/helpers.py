@@ -15,7 +15,7 @@ from warm_process import Fork, WarmProcess
 ROOT = Path(__file__).resolve().parent.parent
 
 # Hides packages as if they were not installed: `find_spec` gives None, `import` raises ModuleNotFoundError.
-_HIDE = """
+HIDING = """
 import sys
 class _Hiding:
     def __init__(self, finder): self.finder = finder
@@ -77,12 +77,12 @@ def subprocess_without_package(
     It may be the fork of a process that imported torch and transformers, but never hf_efficient (warm_process.py);
     with other packages hidden, or in another environment, it is started from nothing.
     """
-    hide = _HIDE.format(hidden=set(hidden))
-    variables = _variables(environment)
+    hide = HIDING.format(hidden=set(hidden))
+    variables = variables_of(environment)
     with tempfile.TemporaryDirectory() as empty:
         if hidden == WITHOUT_THE_PACKAGE and _warm.fits(variables):
             words = ("-c", code, *map(str, arguments))
-            return _output(*_warm.start(words, empty, variables, before=hide, isolated=True).wait(timeout))
+            return output_of(*_warm.start(words, empty, variables, before=hide, isolated=True).wait(timeout))
         return run_python("-I", "-c", hide + code, *arguments, cwd=empty, environment=environment, timeout=timeout)
 
 
@@ -97,12 +97,12 @@ def run_python(
     finished = subprocess.run(
         [str(python), *map(str, arguments)],
         cwd=cwd,
-        env=_variables(environment),
+        env=variables_of(environment),
         capture_output=True,
         text=True,
         timeout=timeout,
     )
-    return _output(finished.returncode, finished.stdout, finished.stderr)
+    return output_of(finished.returncode, finished.stdout, finished.stderr)
 
 
 def run_warm_python(
@@ -116,25 +116,25 @@ def run_warm_python(
     For what does not ask whether a program finds everything that it imports, or how long that takes. In an environment
     other than that of the tests it is started from nothing.
     """
-    if not _warm.fits(_variables(environment)):
+    if not _warm.fits(variables_of(environment)):
         return run_python(*arguments, cwd=cwd, environment=environment, timeout=timeout)
-    return _output(*start_warm_python(*arguments, cwd=cwd, environment=environment).wait(timeout))
+    return output_of(*start_warm_python(*arguments, cwd=cwd, environment=environment).wait(timeout))
 
 
 def start_warm_python(
     *arguments: object, cwd: Path | str = ROOT, environment: dict[str, str | None] | None = None
 ) -> Fork:
     """Start what `run_warm_python` runs: it has a process id, and `wait`."""
-    variables = _variables(environment)
+    variables = variables_of(environment)
     assert _warm.fits(variables), "the environment must be that of the tests, but for PYTHONPATH and OMP_NUM_THREADS"
     return _warm.start(tuple(map(str, arguments)), str(cwd), variables)
 
 
-def _variables(environment: dict[str, str | None] | None) -> dict[str, str]:
+def variables_of(environment: dict[str, str | None] | None) -> dict[str, str]:
     variables = os.environ | (environment or {})
     return {name: value for name, value in variables.items() if value is not None}
 
 
-def _output(status: int, stdout: str, stderr: str) -> str:
+def output_of(status: int, stdout: str, stderr: str) -> str:
     assert status == 0, f"python ended with {status}:\n{stdout}\n{stderr}"
     return stdout

@@ -86,7 +86,7 @@ def warm():
     process.stop()
 
 
-def test_forks_of_a_warm_process_know_nothing_of_each_other(warm, tmp_path):
+def test_forks_of_a_warm_process_know_nothing_of_each_other(warm, tmp_path, monkeypatch):
     change = "import os, sys\nos.environ['LEFT'] = 'behind'\nos.left = 1\nprint(os.getpid(), *sys.argv[1:])"
     look = "import os\nprint(os.getpid(), hasattr(os, 'left'), 'LEFT' in os.environ, os.getcwd())"
 
@@ -103,6 +103,10 @@ def test_forks_of_a_warm_process_know_nothing_of_each_other(warm, tmp_path):
     assert run("import sys; sys.exit(3)")[0] == 3
     assert warm.fits(os.environ) and not warm.fits(os.environ | {"HF_HOME": "elsewhere"})
     assert warm.fits(os.environ | {"PYTHONPATH": "elsewhere", "OMP_NUM_THREADS": "3"})
+
+    monkeypatch.setenv("LEFT", "by another test")
+    assert not warm.fits({}) and warm.fits(os.environ)
+    assert run("import os; print(os.environ['LEFT'])")[1] == "by another test\n"
 
     asleep = warm.start(("-c", "import time; time.sleep(60)"), str(tmp_path), dict(os.environ))
     assert asleep.is_running()

@@ -9,7 +9,6 @@ from helpers import run_warm_python
 from transformers import Trainer, TrainingArguments
 
 from hf_efficient import PerformerConfig, PerformerForCausalLM
-from hf_efficient.modeling.feature_redraw import redraw_and_capture
 
 
 def make(**options):
@@ -47,24 +46,9 @@ def test_a_model_in_bf16_trains_and_keeps_its_counters(tmp_path):
 @pytest.mark.slow
 def test_compiled_training_follows_the_plain_one(tmp_path):
     plain = train(tmp_path, make())
-    compiled = train(tmp_path, make(), torch_compile=True, torch_compile_backend="aot_eager")
+    compiled = train(tmp_path, make(), torch_compile=True, torch_compile_backend="inductor")
     assert torch.allclose(torch.tensor(plain), torch.tensor(compiled), rtol=1e-3)
     assert plain[-1] < 0.7 * plain[0]
-
-
-def test_generated_code_draws_the_same_features():
-    """Inductor plans when a buffer is overwritten; test_linear_attention_integration.py compiles what reads them."""
-    plain, other = make().model, make().model
-
-    def features(model):
-        return [tensor + 1 for layer in redraw_and_capture(model) for tensor in layer.values()]
-
-    compiled = torch.compile(features, backend="inductor", fullgraph=True)
-    for _ in range(12):
-        torch.testing.assert_close(compiled(other), features(plain), rtol=0, atol=0)
-    assert plain.num_redraws == 2
-    buffers = dict(other.named_buffers())
-    assert all(torch.equal(buffer, buffers[name]) for name, buffer in plain.named_buffers())
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

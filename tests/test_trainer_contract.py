@@ -4,7 +4,6 @@ With the collator that transformers has for the task (tests/training_tasks.py); 
 `Seq2SeqTrainer`, which also generates while it evaluates.
 """
 
-import gc
 from functools import cache
 
 import pytest
@@ -67,15 +66,6 @@ def evaluate(trainer):
     with torch.random.fork_rng():
         torch.manual_seed(1)  # a collator of masked language modelling draws its masks
         return trainer.evaluate()["eval_loss"]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def frozen_objects():
-    """accelerate collects garbage after each run: not again and again among all that other tests have imported."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")

@@ -81,9 +81,12 @@ for line in sys.stdin:
     print(child, flush=True)
     print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), flush=True)
 """
-# What a fork can be told after torch and transformers were imported; the first is pytest's own.
-# scikit-learn sets the last two when it is imported, which may be in the middle of the tests.
-TOLD_LATER = ("PYTEST_CURRENT_TEST", "PYTHONPATH", "OMP_NUM_THREADS", "KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK")
+# What a fork can be told after torch and transformers were imported, and what is set in the middle of the tests: by
+# pytest, by scikit-learn when it is imported, by Inductor when it compiles.
+TOLD_LATER = (
+    *("PYTHONPATH", "OMP_NUM_THREADS", "PYTEST_CURRENT_TEST"),
+    *("KMP_DUPLICATE_LIB_OK", "KMP_INIT_AT_FORK", "_TORCHINDUCTOR_PYOBJECT_TENSOR_DATA_PTR"),
+)
 
 
 class Fork:
@@ -121,9 +124,14 @@ class WarmProcess:
         self.environment: dict[str, str] = {}
 
     def fits(self, environment: dict[str, str]) -> bool:
-        """Whether a process with these variables is a fork of the server: they are read when a library is imported."""
-        expected = self._read_early(os.environ) if self.server is None else self.environment
-        return self._read_early(environment) == expected
+        """Whether a process with these variables is a fork of the server: they are read when a library is imported.
+
+        If they are those of this process now, and it is the server that has others, there will be a new server.
+        """
+        now = self._read_early(os.environ)
+        if self.server is not None and self.environment != now == self._read_early(environment):
+            self.stop()
+        return self._read_early(environment) == (now if self.server is None else self.environment)
 
     def start(
         self, words: tuple[str, ...], cwd: str, environment: dict[str, str], before: str = "", isolated: bool = False
@@ -151,7 +159,7 @@ class WarmProcess:
             **{name: os.path.join(folder, name) for name in ("stdout", "stderr")},
         }
         self.server.stdin.write(json.dumps(request).encode() + b"\n")
-        self.fork = Fork(self, folder, int(self.answer(60)))
+        self.fork = Fork(self, folder, int(self.answer(600)))
         return self.fork
 
     def _start(self) -> None:
@@ -165,7 +173,7 @@ class WarmProcess:
             start_new_session=True,
         )
         atexit.register(self.stop)
-        assert self.answer(120) == "ready"
+        assert self.answer(600) == "ready"  # seconds, on a machine with much else to do
 
     def has_answered(self, timeout: float) -> bool:
         return bool(select.select([self.server.stdout], [], [], timeout)[0])

@@ -1,5 +1,6 @@
 """Holds the tests of this folder to the table in skips.py: an unlisted skip is red, so is a listed one that passed."""
 
+import sys
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,14 @@ def short_tensors():
     torch.set_printoptions(edgeitems=0, threshold=0)
     yield
     torch.set_printoptions(profile="default")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def no_idle_ranks():
+    """The mixins see distributed_testing_utils.py as a module of their own package, if they are there at all."""
+    yield
+    if utilities := sys.modules.get("transformers_tests.distributed_testing_utils"):
+        utilities.ranks.stop()
 
 
 def pytest_configure(config):

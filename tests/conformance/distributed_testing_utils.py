@@ -6,6 +6,7 @@ even where there is a GPU: the mixins are about sharding, and two ranks need no 
 """
 
 import functools
+import gc
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -14,6 +15,7 @@ import time
 import traceback
 
 import numpy
+import psutil
 import torch
 import torch.distributed as dist
 
@@ -26,6 +28,10 @@ PRELOADED = ["torch.distributed.checkpoint", "torch.distributed.tensor", "transf
 
 # How many steps the FSDP mixin trains where it compares FSDP with DDP; a checkpoint is in the middle. It wants 20.
 FSDP_STEPS = 8
+
+# A rank with more is replaced. torch remembers the meshes it has seen, and with them their process groups; each has a
+# dozen threads that wake up again and again, also when nothing goes on.
+MOST_THREADS = 32
 
 
 def _get_distributed_device_type() -> str:
@@ -50,7 +56,7 @@ class _Ranks:
 
     A test's time is mostly what a new process computes for the first time: transformers' conversions of checkpoints,
     the rules by which torch shards each operation. Every function opens and closes a process group of its own. After
-    one that failed, all ranks are replaced: the others may still wait for it.
+    one that failed, all ranks are replaced: the others may still wait for it. So they are when one is worn out.
     """
 
     def __init__(self):
@@ -63,6 +69,7 @@ class _Ranks:
         for connection in waiting:
             connection.send((function, args))
         deadline = time.monotonic() + DEADLINE_SECONDS
+        worn = False
         try:
             while waiting:
                 ready = multiprocessing.connection.wait(waiting, timeout=max(deadline - time.monotonic(), 0))
@@ -71,14 +78,17 @@ class _Ranks:
                 for connection in ready:
                     rank = waiting.pop(connection)
                     try:
-                        error = connection.recv()
+                        error, threads = connection.recv()
                     except EOFError:
-                        error = "no answer: the process is gone"
+                        error, threads = "no answer: the process is gone", 0
                     if error:
                         raise RuntimeError(f"{function.__name__}: rank {rank} ended with\n{error}")
+                    worn |= threads > MOST_THREADS
         except BaseException:
-            self._kill()
+            self.stop()
             raise
+        if worn:
+            self.stop()
 
     def _start(self, count: int) -> None:
         # One server process imports torch and transformers once and forks the ranks: a spawned rank would import both
@@ -93,7 +103,7 @@ class _Ranks:
             self.processes.append(process)
             self.connections.append(ours)
 
-    def _kill(self) -> None:
+    def stop(self) -> None:
         for process in self.processes:
             process.kill()
         for process, connection in zip(self.processes, self.connections, strict=True):
@@ -102,7 +112,7 @@ class _Ranks:
         self.processes, self.connections = [], []
 
 
-_ranks = _Ranks()
+ranks = _Ranks()
 
 
 def _serve(rank: int, connection) -> None:
@@ -126,12 +136,13 @@ def _serve(rank: int, connection) -> None:
             function(rank, *args)
         except BaseException:
             error = traceback.format_exc()
-        connection.send(error)
+        gc.collect()  # frees what the function left of its process groups
+        connection.send((error, psutil.Process().num_threads()))
 
 
 def _start_rank_processes(function, args=(), nprocs=1) -> None:
     """Calls `function(rank, *args)` in `nprocs` processes; raises what the first failing one raised."""
-    _ranks.run(function, args, nprocs)
+    ranks.run(function, args, nprocs)
 
 
 def run_distributed(world_size: int):
