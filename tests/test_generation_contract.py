@@ -225,8 +225,7 @@ def test_chunked_prefill_of_a_target_is_refused(asked, refused, request):
 @contract
 @pytest.mark.parametrize("strategy", ["greedy", "beams"])
 def test_static_cache(asked, strategy):
-    prompt = asked.prompt()
-    options = table.STRATEGIES[strategy]
+    prompt, options = asked.prompt(), table.STRATEGIES[strategy]
     static = run(asked.model, **prompt, cache_implementation="static", **options)
     assert isinstance(static.decoder_cache, StaticCache)
     assert_same(static, by_definition(asked, strategy=strategy), "static cache")
