@@ -72,6 +72,8 @@ def check_operands_quickly():
     # What two values of one type are computed in is that type; a number takes the type of the value beside it.
     promoted_to_themselves = {"fp64", "fp32", "int64", "int32", "uint64", "uint32", "int1"}
     takes_part = {"fp64": (float, int), "fp32": (float, int), "int64": (int,), "int32": (int,)}
+    if not hasattr(TritonSemantic, "_cast_to_computation_type"):  # Triton 3.6 has none
+        takes_part = {}
     elements, shapes = {}, {}
 
     @functools.wraps(plain_overflow)
