@@ -2,8 +2,8 @@
 
 import pytest
 import torch
-from forked import run_python_with_torch
 from helpers import ROOT
+from process_with_torch import run_python_with_torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from hf_efficient.kernels.flash_attention import flash_attention

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from forked import run_python_with_torch
+from process_with_torch import run_python_with_torch
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,

@@ -7,10 +7,10 @@ import json
 import re
 
 import pytest
-from forked import run_python_with_torch, run_with_torch_and_without_package
 from helpers import ROOT
 from hub_stub import Hub, running_hub
 from huggingface_hub import ModelCard
+from process_with_torch import run_python_with_torch, run_with_torch_and_without_package
 from test_model_card import PIPELINE_TAGS
 from test_remote_code import CLASS_NAMES, IN_THE_OTHER_PROCESS, rows
 

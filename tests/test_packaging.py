@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from helpers import ROOT, run_python
+from process_with_torch import TORCH
 
 
 SHIPPED = ("configuration", "modeling", "kernels")
@@ -41,10 +42,12 @@ print(kernels.__file__)
 """
 # `in_a_fork` runs code as another process would that was started the same way, but in another folder or without some
 # entry of the path: each imports transformers and ours anew. What they have in common is imported once.
-IN_A_FORK = """
+IN_A_FORK = (
+    f"""
 import os, sys, traceback
-import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel
-
+{TORCH}
+"""
+    + """
 def in_a_fork(code, folder=".", without=None):
     assert not {"transformers", "kernels"} & {*sys.modules}
     child = os.fork()
@@ -55,11 +58,12 @@ def in_a_fork(code, folder=".", without=None):
             exec(code, {})
             sys.stdout.flush()
             os._exit(0)
-        except BaseException:
+        except BaseException:  # also an exit: what follows is the other process's
             traceback.print_exc()
             os._exit(1)
     assert os.waitpid(child, 0)[1] == 0
 """
+)
 
 
 @pytest.fixture

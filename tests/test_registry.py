@@ -8,8 +8,8 @@ import sys
 
 import pytest
 import transformers
-from forked import run_python_with_torch
 from helpers import ROOT, run_python
+from process_with_torch import run_python_with_torch
 from toy_package import write_toy_package
 from transformers import PreTrainedModel
 

@@ -11,9 +11,9 @@ import sys
 
 import pytest
 import torch
-from forked import run_python_with_torch
 from helpers import ROOT, run_warm_python, subprocess_without_package
 from hub_stub import running_hub
+from process_with_torch import run_python_with_torch
 from test_remote_code import config_for
 
 from hf_efficient import PerformerForCausalLM

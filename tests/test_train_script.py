@@ -318,17 +318,10 @@ def test_resumed_masks_are_those_of_the_uninterrupted_run(corpus, tmp_path):
 def test_two_processes_equal_one_with_the_doubled_batch(corpus, tmp_path):
     train.main(command("performer", corpus, tmp_path / "one", "--do_eval", steps=14))
     words = command("performer", corpus, tmp_path / "two", "--do_eval", "--per_device_train_batch_size", 2, steps=14)
-    run_warm_python(  # torchrun forks its workers, which saves them the imports
-        *(
-            "-m",
-            "torch.distributed.run",
-            "--nproc_per_node",
-            2,
-            "--standalone",
-            "--run-path",
-            "--start-method",
-            "fork",
-        ),
+    # torchrun forks its workers, which saves them the imports.
+    launcher = "-m torch.distributed.run --nproc_per_node 2 --standalone --run-path --start-method fork"
+    run_warm_python(
+        *launcher.split(),
         *(ROOT / "scripts" / "train.py", *words, "--ddp_backend", "gloo"),
         environment={"PYTHONPATH": f"{ROOT}:{ROOT / 'scripts'}", "OMP_NUM_THREADS": "1"},
         timeout=600,

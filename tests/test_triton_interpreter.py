@@ -33,7 +33,7 @@ def outcome(function, *arguments, **options):
     """Types and values of the operands that come back, or the error."""
     try:
         operands = function(SEMANTIC, *arguments, **options)
-    except Exception as error:
+    except Exception as error:  # whichever it is, both have to raise it
         return type(error).__name__, str(error)
     return [
         (str(operand.type), [int(n) for n in operand.type.shape.values] if operand.type.is_block() else [])

@@ -60,7 +60,7 @@ def status_of(request):
             return end.code or 0
         print(end.code, file=sys.stderr)
         return 1
-    except BaseException:
+    except BaseException:  # ends as a program does; not in the loop below, which is the server's
         traceback.print_exc()
         return 1
     return 0

@@ -22,6 +22,8 @@ from .quiet_subtests import QuietSubTests
 sys.path.insert(0, str(ensure_upstream()))
 
 from transformers_tests import test_fsdp_mixin, test_tensor_parallel_mixin  # noqa: E402
+
+# For tests of ours: from where the mixins have it, so that there is one set of ranks.
 from transformers_tests.distributed_testing_utils import run_distributed  # noqa: E402, F401
 from transformers_tests.generation.test_utils import GenerationTesterMixin  # noqa: E402
 from transformers_tests.test_configuration_common import ConfigTester  # noqa: E402

@@ -13,12 +13,14 @@ from warm_process import WarmProcess
 
 
 HUGGING_FACE = ("accelerate", "datasets", "huggingface_hub", "peft", "safetensors", "tokenizers", "transformers")
+# The parts of torch that transformers imports.
+TORCH = "import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel"
 THE_REST = f"""
 import contextlib, importlib, sys
-import torch._dynamo, torch.distributed.checkpoint, torch.distributed.fsdp, torch.distributed.tensor.parallel
+{TORCH}
 import fsspec, httpx2, jinja2, numpy, psutil, regex, tqdm.auto, yaml
 for optional in ("pandas", "PIL.Image", "pyarrow", "scipy.stats", "sentencepiece"):
-    with contextlib.suppress(ImportError):
+    with contextlib.suppress(ImportError):  # transformers does without what is not installed
         importlib.import_module(optional)
 known = {{name.partition(".")[0] for name in sys.modules}}
 assert not known & {{*{HUGGING_FACE!r}, "hf_efficient"}}, known
