@@ -13,7 +13,7 @@ from text_data import (
     load_tokenizer,
     pack_for_evaluation,
     pack_for_training,
-    tokenize_documents,
+    tokenize_first_documents,
 )
 from text_sources import load_splits
 from train_arguments import TextArguments
@@ -72,8 +72,10 @@ class LanguageModel(TrainingTask):
         }
         train_blocks = evaluation = None
         if training.do_train:
-            tokenized = tokenize_documents(splits.train, processor, **options)
-            train_blocks = pack_for_training(tokenized, self.block_size, max_samples=data.max_train_samples)
+            samples = data.max_train_samples
+            tokens = None if samples is None else samples * self.block_size
+            tokenized = tokenize_first_documents(splits.train, processor, tokens, **options)
+            train_blocks = pack_for_training(tokenized, self.block_size, max_samples=samples)
         if training.do_eval:
             evaluation = self.pack_held_out(splits.validation, processor, data.max_eval_samples, options)
         return TaskData(

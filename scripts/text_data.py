@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import torch
 from block_draws import BlockDraws
-from datasets import Dataset, Features, List, Value
+from datasets import Dataset, Features, List, Value, concatenate_datasets
 from transformers import (
     AutoTokenizer,
     ByT5Tokenizer,
@@ -34,6 +34,7 @@ PIECE_CHARACTERS = 1 << 18
 IGNORED_LABEL = -100
 EVALUATION_SEED = 0
 CUT_MARGIN = 32  # tokens
+DOCUMENTS_AT_FIRST = 16
 
 
 class EvaluationBlocks(NamedTuple):
@@ -140,6 +141,26 @@ def tokenize_documents(
         features=Features({"input_ids": List(Value("int32")), "text_bytes": Value("int64")}),
         desc="Tokenising",
     )
+
+
+def tokenize_first_documents(
+    documents: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int | None, **options
+) -> Dataset:
+    """As `tokenize_documents`, until there are so many tokens; of the documents behind them nothing is read.
+
+    Args:
+        tokens: how many are needed, or None for those of all documents.
+        options: those of `tokenize_documents`.
+    """
+    if tokens is None:
+        return tokenize_documents(documents, tokenizer, **options)
+    parts, start, more = [], 0, DOCUMENTS_AT_FIRST
+    while not parts or (tokens > 0 and start < len(documents)):
+        end = min(start + more, len(documents))
+        parts.append(tokenize_documents(documents.select(range(start, end)), tokenizer, **options))
+        tokens -= len(token_stream(parts[-1]))
+        start, more = end, 2 * more
+    return concatenate_datasets(parts)
 
 
 def token_stream(tokenized: Dataset) -> np.ndarray:

@@ -166,6 +166,21 @@ def test_tokenized_documents_end_with_a_separator(byte_tokenizer):
     assert text_data.token_stream(tokenized).tolist() == [100, 101, 1, 198, 172, 1]
 
 
+def test_no_more_documents_are_tokenized_than_are_needed(byte_tokenizer):
+    texts = ["ab" * (row % 3) for row in range(100)]
+    stream = text_data.token_stream(text_data.tokenize_documents(documents(*texts), byte_tokenizer)).tolist()
+    unreadable = documents(*texts, None)
+    for tokens in (1, 40, 41, len(stream) // 3):
+        first = text_data.tokenize_first_documents(unreadable, byte_tokenizer, tokens)
+        found = text_data.token_stream(first).tolist()
+        assert found == stream[: len(found)] and tokens <= len(found) < len(stream)
+    for tokens in (len(stream) + 1, None):
+        with pytest.raises(TypeError):
+            text_data.tokenize_first_documents(unreadable, byte_tokenizer, tokens)
+        assert len(text_data.tokenize_first_documents(documents(*texts), byte_tokenizer, tokens)) == len(texts)
+    assert len(text_data.tokenize_first_documents(documents("ab"), byte_tokenizer, 0)) == 1
+
+
 # Blocks
 
 
