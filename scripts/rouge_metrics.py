@@ -5,7 +5,6 @@ import os
 from pathlib import Path
 
 import numpy as np
-from rouge_score import rouge_scorer
 from transformers import EvalPrediction, PreTrainedTokenizerBase
 
 
@@ -27,6 +26,8 @@ class RougeMetrics:
 
     def __init__(self, tokenizer: PreTrainedTokenizerBase, sources: list[str], path: Path):
         self.tokenizer, self.sources, self.path = tokenizer, sources, path
+        from rouge_score import rouge_scorer  # and with it nltk, which no other objective needs
+
         self.scorer = rouge_scorer.RougeScorer(ROUGE_TYPES, use_stemmer=True)
 
     def decode(self, ids: np.ndarray) -> list[str]:
