@@ -91,17 +91,22 @@ def time_rounds(functions: dict[str, Callable[[], object]], repeats: int) -> dic
     """Milliseconds of each function, at least `repeats` of each, taken in turns.
 
     In turns, because on a shared machine the disturbance changes by the minute: what is compared with each other has
-    to be measured in the same minutes. Every function is called once beforehand; that call counts only where it is so
-    long that page faults, caches and thread pools cannot matter.
+    to be measured in the same minutes. Every function is called once beforehand, and again at each of its turns, for
+    what the one before left of the caches and the heap is not its own; such a call counts only where it is so long
+    that page faults, caches and thread pools cannot matter.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
+    long = set()
     for name, function in functions.items():
         elapsed = _timed(function)
         if elapsed > 1e3 * WARM_UP_LIMIT:
+            long.add(name)
             times[name].append(elapsed)
     while any(len(samples) < repeats for samples in times.values()):
         for name, function in functions.items():
             if len(times[name]) < repeats:
+                if name not in long:
+                    function()
                 times[name].append(_timed(function))
     for name, function in functions.items():  # quick calls scatter most, and cost least
         while sum(times[name]) < 1e3 * SHORT and len(times[name]) < 10 * repeats:

@@ -6,6 +6,7 @@ Run: pytest tests/test_benchmark_script.py
 import dataclasses
 import shutil
 import sys
+import time
 import types
 
 import pytest
@@ -314,8 +315,17 @@ def test_time_rounds_calls_in_turns():
     calls = []
     functions = {name: lambda name=name: calls.append(name) for name in "ab"}
     times = measure.time_rounds(functions, repeats=3)
-    assert calls[:8] == ["a", "b", "a", "b", "a", "b", "a", "b"]  # one round to warm up
+    assert "".join(calls[:14]) == "ab" + "aabb" * 3  # one round to warm up, and a call at each turn
     assert all(len(samples) >= 3 for samples in times.values())
+
+
+def test_a_long_call_needs_no_other_before_it(monkeypatch):
+    monkeypatch.setattr(measure, "WARM_UP_LIMIT", 0.01)
+    monkeypatch.setattr(measure, "SHORT", 0)
+    calls = []
+    functions = {"a": lambda: calls.append("a"), "b": lambda: [calls.append("b"), time.sleep(0.02)]}
+    assert [len(samples) for samples in measure.time_rounds(functions, repeats=3).values()] == [3, 3]
+    assert "".join(calls) == "ab" + "aab" * 2 + "aa"
 
 
 def test_summary_is_of_the_samples():
