@@ -8,6 +8,9 @@ import shutil
 import tempfile
 
 
+# Until all tests are collected, hardly anything dies: to search a growing heap for it again and again costs seconds.
+gc.disable()
+
 # No test may reach the network or leave modules of remote code in the user's cache. Nor may it find code there that
 # torch.compile generated for an operator as it was before: its cache does not notice a changed one.
 HF_HOME = tempfile.mkdtemp(prefix="hf_efficient_tests_")
@@ -65,10 +68,14 @@ def pytest_collection_modifyitems(items):
     note_cells(items, head_of)
 
 
-def pytest_collection_finish():
+@pytest.hookimpl(wrapper=True)
+def pytest_collection():
     """What is there by now stays: accelerate has all garbage collected before each training."""
-    gc.collect()
-    gc.freeze()
+    try:
+        return (yield)
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_runtest_setup(item):
