@@ -141,14 +141,23 @@ def run_in_parts(query, key, value, feature_map, sizes, mask=None):
 
 def all_gradients(function, query, key, value, feature_map, state, weights, **options):
     """Gradients of a weighted sum of the output and both sums of the state, by the name of what they belong to."""
+    return gradients_of_each(function, query, key, value, feature_map, state, [weights], **options)[0]
+
+
+def gradients_of_each(function, query, key, value, feature_map, state, losses, **options):
+    """`all_gradients` for each of several lists of weights, after one forward pass."""
     names = ["query", "key", "value", "key_value", "key_sum", "projection", "bias"]
     tensors = [query, key, value, *state[:2], feature_map.projection, feature_map.bias]
     leaves = {n: t.detach().clone().requires_grad_() for n, t in zip(names, tensors, strict=True) if t is not None}
     feature_map = feature_map._replace(projection=leaves.get("projection"), bias=leaves.get("bias"))
     start = LinearAttentionState(leaves["key_value"], leaves["key_sum"], state.log_scale)
     output, new_state = function(*list(leaves.values())[:3], feature_map, state=start, **options)
-    loss = sum((t.to(w.dtype) * w).sum() for t, w in zip((output, *new_state[:2]), weights, strict=True))
-    return dict(zip(leaves, torch.autograd.grad(loss, list(leaves.values())), strict=True))
+    found = []
+    for weights in losses:
+        loss = sum((t.to(w.dtype) * w).sum() for t, w in zip((output, *new_state[:2]), weights, strict=True))
+        gradients = torch.autograd.grad(loss, list(leaves.values()), retain_graph=weights is not losses[-1])
+        found.append(dict(zip(leaves, gradients, strict=True)))
+    return found
 
 
 def prefix_sums(query, key, value, feature_map, *, causal=False, mask=None, state=None):

@@ -11,6 +11,7 @@ from linear_attention_cases import (
     assert_equal_in_double,
     assert_like_eager,
     doubled,
+    gradients_of_each,
     make_inputs,
     make_map,
     prefix_sums,
@@ -73,22 +74,27 @@ def test_gradients_are_those_of_the_reference_in_double(name, causal, length):
 def test_gradients_within_budget(name, causal, dtype, length):
     """Over several draws of the inputs, since the largest of few rounding errors is a matter of luck."""
     plain = several(reference, prefix_sums, orders=5)
-    # One after the other: gradients of the sums are larger, their rounding would hide that of the output's.
-    for of in ("output", "state"):
-        found = {}
-        for _ in range(DRAWS[length]):
-            (*case, weights), options = make_case(name, length, dtype, causal)
-            weights = [w if (index == 0) == (of == "output") else 0 * w for index, w in enumerate(weights)]
-            oracle = all_gradients(reference, *in_double((*case, weights)), **options)
-            for index, function in enumerate((linear_attention, *plain)):
-                for part, gradient in all_gradients(function, *case, weights, **options).items():
-                    found.setdefault((part, index), []).append(gradient)
-            for part, gradient in oracle.items():
-                found.setdefault((part, "oracle"), []).append(gradient)
-        found = {key: torch.stack(gradients) for key, gradients in found.items()}
-        for part in oracle:
-            eagers = [found[part, 1 + index] for index in range(len(plain))]
-            assert_like_eager(found[part, 0], found[part, "oracle"], eagers, f"of {of}: {part}")
+    found = {}
+
+    def note(label, gradients):
+        for of, parts in zip(("output", "state"), gradients, strict=True):
+            for part, gradient in parts.items():
+                found.setdefault((of, part), {}).setdefault(label, []).append(gradient)
+
+    for _ in range(DRAWS[length]):
+        (*case, weights), options = make_case(name, length, dtype, causal)
+        # One after the other: gradients of the sums are larger, their rounding would hide that of the output's.
+        losses = [
+            [w if (index == 0) == first else 0 * w for index, w in enumerate(weights)] for first in (True, False)
+        ]
+        *in_float64, _ = in_double((*case, weights))
+        note("oracle", gradients_of_each(reference, *in_float64, [doubled(*loss) for loss in losses], **options))
+        for label, function in enumerate((linear_attention, *plain)):
+            note(label, gradients_of_each(function, *case, losses, **options))
+    for (of, part), by_label in found.items():
+        by_label = {label: torch.stack(gradients) for label, gradients in by_label.items()}
+        oracle, actual = by_label.pop("oracle"), by_label.pop(0)
+        assert_like_eager(actual, oracle, list(by_label.values()), f"of {of}: {part}")
 
 
 @every_map
