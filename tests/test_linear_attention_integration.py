@@ -90,7 +90,8 @@ def test_compiles_to_one_graph(causal):
 
     for length in (70, 150, 300):
         inputs, mask = make_inputs("softmax", length), random_mask(2, length)
-        compiled = torch.compile(attend, fullgraph=True, backend="inductor" if causal else "aot_eager")
+        # test_performer_training.py generates code around it.
+        compiled = torch.compile(attend, fullgraph=True, backend="aot_eager")
         expected = outputs_and_gradients(attend, inputs, mask=mask)
         for actual, wanted in zip(outputs_and_gradients(compiled, inputs, mask=mask), expected, strict=True):
             torch.testing.assert_close(actual, wanted)
