@@ -96,12 +96,11 @@ def time_rounds(functions: dict[str, Callable[[], object]], repeats: int) -> dic
     that page faults, caches and thread pools cannot matter.
     """
     times: dict[str, list[float]] = {name: [] for name in functions}
-    long = set()
     for name, function in functions.items():
         elapsed = _timed(function)
         if elapsed > 1e3 * WARM_UP_LIMIT:
-            long.add(name)
             times[name].append(elapsed)
+    long = {name for name, samples in times.items() if samples}
     while any(len(samples) < repeats for samples in times.values()):
         for name, function in functions.items():
             if len(times[name]) < repeats:

@@ -146,7 +146,7 @@ def tokenize_documents(
 def tokenize_first_documents(
     documents: Dataset, tokenizer: PreTrainedTokenizerBase, tokens: int | None, **options
 ) -> Dataset:
-    """As `tokenize_documents`, until there are so many tokens; of the documents behind them nothing is read.
+    """As `tokenize_documents`, but in ever larger parts, of which the last is the one that completes so many tokens.
 
     Args:
         tokens: how many are needed, or None for those of all documents.

@@ -18,12 +18,8 @@ SCRIPTS = [line for line in COMMANDS if line.startswith("python scripts/")]
 def test_python_blocks_run_in_order(tmp_path):
     (tmp_path / "notes.txt").write_text("To do: water the plants.\nTo do: read the paper.\n" * 20)
     with running_hub() as hub:
-        program = "\n".join(PYTHON)
-        program = program.replace(
-            'AutoModelForCausalLM.from_pretrained("me', 'AutoModelForCausalLM.from_pretrained("me'
-        )
         environment = hub.environment(tmp_path / "home") | {"PYTHONPATH": str(ROOT)}
-        printed = run_python("-c", program, cwd=tmp_path, environment=environment)
+        printed = run_python("-c", "\n".join(PYTHON), cwd=tmp_path, environment=environment)
         assert "To do: " in printed
         pushed = hub.files("me/notes-performer")
         assert {"model.safetensors", "config.json", "modeling_performer.py", "tokenizer_config.json"} <= set(pushed)

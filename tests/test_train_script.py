@@ -314,6 +314,13 @@ def test_resumed_masks_are_those_of_the_uninterrupted_run(corpus, tmp_path):
     assert_same_weights(tmp_path / "whole", tmp_path / "parts")
 
 
+def test_the_library_that_compares_texts_is_not_imported_by_all():
+    code = (
+        f"import sys; sys.path.insert(0, {str(ROOT / 'scripts')!r}); import train; print('rouge_score' in sys.modules)"
+    )
+    assert run_warm_python("-c", code, environment={"PYTHONPATH": str(ROOT)}).strip() == "False"
+
+
 @pytest.mark.slow
 def test_two_processes_equal_one_with_the_doubled_batch(corpus, tmp_path):
     train.main(command("performer", corpus, tmp_path / "one", "--do_eval", steps=14))

@@ -158,7 +158,10 @@ def garbage_left():
 @pytest.mark.usefixtures("garbage_left")
 @pytest.mark.parametrize("head", HEADS)
 def test_a_step_is_one_graph(head):
-    """`torch.compile(fullgraph=True)`, forward and backward, without the time it takes to generate code."""
+    """`torch.compile(fullgraph=True)`, without the time it takes to generate code: one graph, and the same gradients.
+
+    The backward pass is a graph of its own too, but for the heads `ON_ANOTHER_BODY`.
+    """
     torch.compiler.reset()
     row = HEADS[head]
     model = make(head, **FEWER_LAYERS.get(row.model_type, {"num_hidden_layers": 1})).eval()

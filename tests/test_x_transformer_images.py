@@ -211,9 +211,7 @@ def test_compiles_as_one_graph(make, name):
     if make is writer:
         inputs |= {"decoder_input_ids": tokens(2, 6), "use_cache": False, **source(name, (5, 3))}
     torch._dynamo.reset()
-    compiled = torch.compile(
-        model, fullgraph=True, backend="eager"
-    )  # test_trainer_contract.py has their backward pass
+    compiled = torch.compile(model, fullgraph=True, backend="eager")
     close(compiled(**inputs).logits, model(**inputs).logits)
 
 
