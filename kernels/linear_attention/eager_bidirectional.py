@@ -13,7 +13,7 @@ with 64.
 import torch
 
 from .eager_chunks import InputGrads, Inputs, joint_sums, quotient_grads, rows_at_a_time, scaled_rows, store_quotient
-from .eager_features import ChunkFeatures, Scratch
+from .eager_features import ChunkFeatures, Features, Scratch
 from .state import LinearAttentionState
 
 
@@ -29,26 +29,37 @@ def _chunks(tensor: torch.Tensor) -> list[slice]:
 
 
 class _Memory:
-    """A state to be advanced in place, flat over batch and heads: `values` `[BH, M, V]`, `sums` `[BH, M]`, `scale`."""
+    """A state to be advanced in place, flat over batch and heads: `values` `[BH, M, V]`, `sums` `[BH, M]`, `scale`.
+
+    What is added comes without the features' floor, which is added to the sums at the end.
+    """
 
     def __init__(self, state: LinearAttentionState, scratch: Scratch):
+        self.first = state
         self.product = scratch("memory", *state.key_value.flatten(0, 1).shape)
-        self.values, self.sums, self.scale = (
-            t.flatten(0, 1).clone(memory_format=torch.contiguous_format) for t in state
-        )
+        self.values, self.sums = (torch.zeros_like(t.flatten(0, 1)) for t in state[:2])
+        self.scale = state.log_scale.flatten()
 
-    def add(self, features: torch.Tensor, log_scale: torch.Tensor, values: torch.Tensor, end: torch.Tensor) -> None:
+    def add(self, keys: Features, values: torch.Tensor, end: torch.Tensor) -> None:
         """Add the keys of a chunk; `end` is the scale behind them."""
-        weights, decay = torch.exp(log_scale - end[:, None]), torch.exp(self.scale - end)
+        weights, decay = torch.exp(keys.log_scale - end[:, None]), torch.exp(self.scale - end)
         # The product is a sum of its own: added row by row, it would lose digits.
-        torch.bmm(features.mT, values * weights[..., None], out=self.product)
+        torch.bmm(keys.values.mT, values * weights[..., None], out=self.product)
         torch.addcmul(self.product, self.values, decay[:, None, None], out=self.values)
-        torch.addcmul(_weighted_sum(weights, features), self.sums, decay[:, None], out=self.sums)
+        torch.addcmul(_weighted_sum(weights, keys.values), self.sums, decay[:, None], out=self.sums)
         self.scale = end
 
-    def state(self, batch_and_heads) -> LinearAttentionState:
-        tensors = (self.values, self.sums, self.scale.clone())
-        return LinearAttentionState(*(t.unflatten(0, batch_and_heads) for t in tensors))
+    def state(self, chunk_features: ChunkFeatures) -> LinearAttentionState:
+        """The whole state: what was there at first, and what was added."""
+        log_scale = self.scale.view_as(self.first.log_scale)
+        decay = torch.exp(self.first.log_scale - log_scale)
+        values = chunk_features.add_floor_to_sums(self.values).view_as(self.first.key_value)
+        sums = chunk_features.add_floor_to_sums(self.sums[..., None]).view_as(self.first.key_sum)
+        return LinearAttentionState(
+            torch.addcmul(values, self.first.key_value, decay[..., None, None]),
+            torch.addcmul(sums, self.first.key_sum, decay[..., None]),
+            log_scale.clone(),
+        )
 
 
 def _weighted_sum(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -74,16 +85,17 @@ def bidirectional_forward(query, key, value, feature_map, mask, state):
     scratch = Scratch(state.key_value)
     chunk_features, memory = ChunkFeatures(feature_map, scratch), _Memory(state, scratch)
     for here in _chunks(key):
-        _, (k, log_scale, *_) = inputs.keys(here, chunk_features)
-        memory.add(k, log_scale, inputs.values(here), torch.maximum(log_scale.amax(dim=-1), memory.scale))
-    new_state = memory.state(query.shape[:2])
+        _, keys = inputs.keys(here, chunk_features, with_floor=False)
+        memory.add(keys, inputs.values(here), torch.maximum(keys.log_scale.amax(dim=-1), memory.scale))
+    new_state = memory.state(chunk_features)
     output, denominators = _read_state(query, chunk_features, new_state, scratch)
     return output, new_state, denominators
 
 
 def _read_state(query, chunk_features: ChunkFeatures, state, scratch: Scratch):
     """What queries `[B, H, N, D]` see of a finished state: output `[B, H, N, V]` and denominators `[BH, N]`."""
-    memory, sums = state.key_value.flatten(0, 1), state.key_sum.flatten(0, 1)
+    memory = chunk_features.add_floor_to_sums(state.key_value.flatten(0, 1))
+    sums = chunk_features.add_floor_to_sums(state.key_sum.flatten(0, 1)[..., None])
     output = memory.new_empty(*query.shape[:3], memory.shape[-1])
     flat_output = output.flatten(0, 1)
     denominators = memory.new_empty(memory.shape[0], query.shape[2])
@@ -91,7 +103,7 @@ def _read_state(query, chunk_features: ChunkFeatures, state, scratch: Scratch):
         rows = query[:, :, here].flatten(0, 1).to(memory.dtype)
         q = chunk_features.queries(rows).values
         # As a row times a matrix, which takes a sixth of the time of a matrix times a column.
-        denominator = torch.bmm(sums[:, None], q.mT).squeeze(1)
+        denominator = torch.bmm(sums.mT, q.mT).squeeze(1)
         numerator = torch.bmm(q, memory, out=scratch("numerator", *q.shape[:2], memory.shape[2]))
         store_quotient(flat_output, denominators, here, numerator, denominator)
     return output, denominators
@@ -117,24 +129,28 @@ def bidirectional_backward(
     input_grads = InputGrads(inputs, feature_map, wanted)
     scratch, ones = Scratch(denominators), denominators.new_ones(1)
     chunk_features = ChunkFeatures(feature_map, scratch)
-    memory, maximum = joint_sums(*state[:2]), state.log_scale.flatten()
-    grad_memory = joint_sums(*grad_state).to(dtype)
+    # Queries come without their floor: the sums they read have it twice, and the gradients of those pass it as well.
+    memory, maximum = chunk_features.add_floor_to_sums(joint_sums(*state[:2])), state.log_scale.flatten()
+    grad_memory = torch.zeros_like(memory)
     for here in _chunks(query):
         rows = inputs.rows("query", here)
         features = chunk_features.queries(rows, for_backward=True)
         grads = quotient_grads(grad_output, output, denominators, here, scratch)
         grad_memory.add_(torch.bmm(features.values.mT, grads, out=scratch("memory", *memory.shape)))
         grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *features.values.shape))
-        input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows), rows)
+        input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows, has_floor=False), rows)
+    grad_of_state = joint_sums(*grad_state).to(dtype).add_(chunk_features.add_floor_to_sums(grad_memory))
+    grad_memory = chunk_features.add_floor_to_sums(grad_of_state)
     for here in _chunks(key):
-        rows, features = inputs.keys(here, chunk_features, for_backward=True)
+        rows, features = inputs.keys(here, chunk_features, with_floor=False, for_backward=True)
         to_end = torch.exp(features.log_scale - maximum[:, None])[..., None]
         v = inputs.values(here)
         grad_v = torch.bmm(features.values, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
         rows_with_ones = scaled_rows(v, ones, to_end, scratch("rows", *v.shape[:2], memory.shape[-1]))
         grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *features.values.shape))
-        input_grads.store_key_value(here, *chunk_features.backward(features, grad_k, rows), rows, grad_v)
+        grads = chunk_features.backward(features, grad_k, rows, has_floor=False)
+        input_grads.store_key_value(here, *grads, rows, grad_v)
     shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
-    grad_memory = (grad_memory * shrink).unflatten(0, query.shape[:2])
+    grad_memory = (grad_of_state * shrink).unflatten(0, query.shape[:2])
     sums = grad_memory[..., :-1], grad_memory[..., -1]
     return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)

@@ -150,8 +150,8 @@ def causal_forward(query, key, value, feature_map, mask, state, save_states: boo
     for index, (here, block) in enumerate(causal_chunks(value.shape[2], chunk)):
         if save_states:
             memories[index, ..., :-1], memories[index, ..., -1], maxima[index] = values, sums.squeeze(1), maximum
-        q = chunk_features.queries(inputs.rows("query", here)).values
-        k = inputs.keys(here, chunk_features)[1]
+        q = chunk_features.add_floor(chunk_features.queries(inputs.rows("query", here))).values
+        k = inputs.keys(here, chunk_features, with_floor=True)[1]
         scales = _Scales.of(k.log_scale, maximum, block, scratch)
         q, k, v = (_in_blocks(t, block) for t in (q, k.values, inputs.values(here)))
 
@@ -190,8 +190,8 @@ def causal_backward(
 
     for index, (here, block) in reversed(list(enumerate(chunks))):
         q_rows = inputs.rows("query", here)
-        q_features = chunk_features.queries(q_rows, for_backward=True)
-        k_rows, k_features = inputs.keys(here, chunk_features, for_backward=True)
+        q_features = chunk_features.add_floor(chunk_features.queries(q_rows, for_backward=True))
+        k_rows, k_features = inputs.keys(here, chunk_features, with_floor=True, for_backward=True)
         scales = _Scales.of(k_features.log_scale, maxima[index], block, scratch)
         grads = quotient_grads(grad_output, output, denominators, here, scratch)
         chunk = q_features.values, k_features.values, inputs.values(here), grads
@@ -219,8 +219,10 @@ def causal_backward(
         grad_q = torch.bmm(carried_grads, before.mT, out=scratch("grad_query", *q.shape)).baddbmm_(grad_weights, k)
 
         grad_q, grad_k, grad_v = (grad.view(*q_rows.shape[:2], grad.shape[-1]) for grad in (grad_q, grad_k, grad_v))
-        input_grads.store_query(here, *chunk_features.backward(q_features, grad_q, q_rows), q_rows)
-        input_grads.store_key_value(here, *chunk_features.backward(k_features, grad_k, k_rows), k_rows, grad_v)
+        of_query = chunk_features.backward(q_features, grad_q, q_rows, has_floor=True)
+        input_grads.store_query(here, *of_query, q_rows)
+        of_key = chunk_features.backward(k_features, grad_k, k_rows, has_floor=True)
+        input_grads.store_key_value(here, *of_key, k_rows, grad_v)
     grad_memory = grad_memory.unflatten(0, query.shape[:2])
     sums = grad_memory[..., :-1], grad_memory[..., -1]
     return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)

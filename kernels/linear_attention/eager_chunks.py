@@ -46,18 +46,18 @@ class Inputs(NamedTuple):
         # `where`, not a product: what stands at a padded position may be infinite.
         return values if self.keep is None else torch.where(self.keep[:, here, None], values, 0)
 
-    def keys(self, here: slice, chunk_features: ChunkFeatures, for_backward: bool = False):
+    def keys(self, here: slice, chunk_features: ChunkFeatures, with_floor: bool, for_backward: bool = False):
+        """The rows of the keys and their features, both zero where the key does not count."""
         rows = self.rows("key", here)
-        if self.keep is not None:
-            rows = torch.where(self.keep[:, here, None], rows, 0)
+        keep = None if self.keep is None else self.keep[:, here]
+        rows = rows if keep is None else torch.where(keep[..., None], rows, 0)
         features = chunk_features.keys(rows, for_backward)
-        if self.keep is not None:
-            # Zero, not only of the smallest scale: beside no other key, that scale would be the largest too.
-            features = features._replace(
-                values=torch.where(self.keep[:, here, None], features.values, 0),
-                log_scale=torch.where(self.keep[:, here], features.log_scale, EMPTY_LOG_SCALE),
-            )
-        return rows, features
+        features = chunk_features.add_floor(features) if with_floor else features
+        if keep is None:
+            return rows, features
+        # Zero, not only of the smallest scale: beside no other key, that scale would be the largest too.
+        features.values.mul_(keep[..., None])
+        return rows, features._replace(log_scale=torch.where(keep, features.log_scale, EMPTY_LOG_SCALE))
 
 
 class InputGrads:

@@ -1,8 +1,4 @@
-"""Features of a chunk and their derivative, in as few passes as there can be: what the chunked form computes twice.
-
-A key's softmax is written out, because its sum is what the key's scale is made of: to compute the sum apart takes as
-long as the softmax does.
-"""
+"""Features of a chunk and their derivative, in as few passes as there can be: what the chunked form computes twice."""
 
 import math
 from typing import NamedTuple
@@ -13,7 +9,11 @@ from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap
 
 
 class Features(NamedTuple):
-    """Features of a chunk `[BH, C, M]`, for keys their scales `[BH, C]`, and what the derivative needs besides."""
+    """Features of a chunk `[BH, C, M]`, for keys their scales `[BH, C]`, and what the derivative needs besides.
+
+    Those of an exponential map have the sum 1, without the floor `ε`: `ChunkFeatures.add_floor` adds it, or whoever
+    sums them up.
+    """
 
     values: torch.Tensor
     log_scale: torch.Tensor | None = None
@@ -52,63 +52,86 @@ class ChunkFeatures:
     def __init__(self, feature_map: FeatureMap, scratch: Scratch):
         self.scratch = scratch
         self.function, projection, self.bias, self.scale, self.epsilon, subtract_norm = feature_map
+        self.is_exponential = self.function == EXPONENTIAL
         # Scaled once for all chunks.
         self.projection = None if projection is None else projection * self.scale
-        self.subtract_norm = subtract_norm and self.function == EXPONENTIAL
+        self.subtract_norm = subtract_norm and self.is_exponential
+        self.floor = self.epsilon if self.is_exponential else 0.0
+        if self.function == "relu" and projection is not None:
+            self.summand = projection.new_full((1,), self.epsilon) if self.bias is None else self.bias + self.epsilon
 
     def queries(self, rows: torch.Tensor, for_backward: bool = False) -> Features:
         """Features of `rows` `[BH, C, D]`, up to a factor per row."""
-        if self.function != EXPONENTIAL:
+        if not self.is_exponential:
             return self._pointwise("query", rows, for_backward)
         logits = self._logits("query", rows)
-        values = torch.softmax(logits, dim=-1, out=logits)  # in place: a number is read before it is written to
-        return Features(values.add_(self.epsilon) if self.epsilon else values)
+        # In place: a number is read before it is written to.
+        return Features(torch.softmax(logits, dim=-1, out=logits))
 
     def keys(self, rows: torch.Tensor, for_backward: bool = False) -> Features:
         """Features of `rows` `[BH, C, D]` relative to `exp(log_scale)`."""
-        if self.function != EXPONENTIAL:
+        if not self.is_exponential:
             return self._pointwise("key", rows, for_backward)._replace(log_scale=rows.new_zeros(rows.shape[:-1]))
         logits = self._logits("key", rows)
-        largest = logits.amax(dim=-1, keepdim=True)
-        values = logits.sub_(largest).exp_()
-        total = values.sum(dim=-1, keepdim=True)
-        values.mul_(total.reciprocal())
-        log_scale = total.log_().add_(largest).squeeze(-1)
+        largest = logits.amax(dim=-1)
+        values = torch.softmax(logits, dim=-1, out=logits)
+        # The largest feature is one over the sum: to look for it takes less time than to write the softmax out.
+        log_scale = largest.sub_(values.amax(dim=-1).log_())
         if self.subtract_norm:
             log_scale.sub_(rows.square().sum(dim=-1), alpha=0.5 * self.scale**2)
-        return Features(values.add_(self.epsilon) if self.epsilon else values, log_scale)
+        return Features(values, log_scale)
 
     def _logits(self, name, rows):
         if self.projection is None:
-            logits = rows * self.scale
+            logits = torch.mul(rows, self.scale, out=self.scratch(name, *rows.shape))
         else:
             logits = self.scratch(name, *rows.shape[:-1], self.projection.shape[0])
             torch.bmm(rows, self.projection.t().expand(rows.shape[0], -1, -1), out=logits)
         return logits if self.bias is None else logits.add_(self.bias)
 
     def _pointwise(self, name, rows, for_backward):
+        if self.function == "relu" and self.projection is not None:
+            # `relu(l) + ε` as the larger of `l + ε` and `ε`, of which the product makes the first. The features also
+            # say where the derivative is 1, but for logits that are lost in epsilon's last digit.
+            values = self.scratch(name, *rows.shape[:-1], self.projection.shape[0])
+            projection = self.projection.t().expand(rows.shape[0], -1, -1)
+            return Features(torch.baddbmm(self.summand, rows, projection, out=values).clamp_(min=self.epsilon))
         logits = self._logits(name, rows)
-        # A ReLU's features also say where its derivative is 1, but for logits that are lost in epsilon's last digit.
         in_place = self.function == "relu"
         values = logits.relu_() if in_place else POINTWISE_FUNCTIONS[self.function].value(logits)
         values = values.add_(self.epsilon) if self.epsilon else values
         return Features(values, logits=logits if for_backward and not in_place else None)
 
-    def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor):
+    def add_floor(self, features: Features) -> Features:
+        """The same features with the floor of an exponential map, in place."""
+        if self.floor:
+            features.values.add_(self.floor)
+        return features
+
+    def add_floor_to_sums(self, sums: torch.Tensor) -> torch.Tensor:
+        """Sums over tokens `[BH, M, ·]` of features without a floor times something, as if they had had it.
+
+        `Σ_j (φ_j + ε 1) w_jᵀ = S + ε 1 (1ᵀ S)`, for features `φ_j` of the sum 1. This is symmetric, so that to do it
+        once more gives queries without a floor what they would read with one; gradients go through it the same way.
+        """
+        return torch.add(sums, sums.sum(dim=1, keepdim=True), alpha=self.floor) if self.floor else sums
+
+    def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor, has_floor: bool):
         """Gradients of `rows` and of the logits, given that of the features; `grad` and `features` are used up.
 
         A query's features are free up to a factor per row, and a key's factor is in its scale, so in both cases
-        `exp(l)` may be derived as if nothing had been taken from `l`.
+        `exp(l)` may be derived as if nothing had been taken from `l`. `has_floor` says whether `features` have theirs
+        (`add_floor`); otherwise `grad` is that of features without.
         """
         if self.function == "relu":
             grad_logits = torch.ops.aten.threshold_backward.grad_input(
                 grad, features.values, self.epsilon, grad_input=grad
             )
-        elif self.function != EXPONENTIAL:
+        elif not self.is_exponential:
             grad_logits = grad.mul_(POINTWISE_FUNCTIONS[self.function].derivative(features.logits))
-        elif self.epsilon:
-            grad.add_(grad.sum(dim=-1, keepdim=True).mul_(self.epsilon))
-            grad_logits = grad.mul_(features.values.sub_(self.epsilon))
+        elif self.floor and has_floor:
+            grad.add_(grad.sum(dim=-1, keepdim=True).mul_(self.floor))
+            grad_logits = grad.mul_(features.values.sub_(self.floor))
         else:
             grad_logits = grad.mul_(features.values)
         if self.projection is None:
