@@ -7,7 +7,8 @@ size length × features is ever stored; the backward pass computes the features 
 
 relative to the running maximum `m` of the keys' scales `s`, and then the queries read it. The column of ones makes the
 denominators; the forward pass computes them apart, because a product with 65 columns takes a fifth longer than one
-with 64.
+with 64. The floor of exponential features is added to the sums, once for the keys in them and once for the queries to
+come (`ChunkFeatures.add_floor_to_sums`).
 """
 
 import torch
