@@ -27,7 +27,8 @@ WIDE = Sizes(32_000, 768, 6, 12)  # the width of GPT-2's smallest, whose weights
 # A generation without a cache takes minutes: it is not repeated. Its length averages over hundreds of steps.
 REPEATS_LIMIT = 15.0  # seconds
 DECODE_STEPS = 64
-# So many times as many calls as of other work: two cached models differ by less than two calls of one of them.
+# So many times as many calls as of other work: two cached models, or two contexts of one, differ by less than two of
+# its calls.
 GENERATIONS = 3
 
 
@@ -62,12 +63,12 @@ def measure_decoding(contexts: list[int], repeats: int) -> Iterator[Row]:
 
     All contexts in turns: how their times compare is what is asked.
     """
-    steps = min(DECODE_STEPS, min(contexts) // 2)
+    steps, repeats = min(DECODE_STEPS, min(contexts) // 2), GENERATIONS * repeats
     models, caches, calls = {}, {}, {}
     for context in contexts:
         torch.manual_seed(0)
         tokens = torch.randint(SMALL.vocabulary, (1, context))
-        room = context + (1 + 2 * repeats) * steps + 1
+        room = context + (1 + repeats) * steps + 1
         for name, model in {"ours": performer(), "gpt2": gpt2(room)}.items():
             key = context, name
             with torch.no_grad():
