@@ -68,12 +68,12 @@ def measure_decoding(contexts: list[int], repeats: int) -> Iterator[Row]:
     for context in contexts:
         torch.manual_seed(0)
         tokens = torch.randint(SMALL.vocabulary, (1, context))
-        room = context + (1 + repeats) * steps + 1
-        for name, model in {"ours": performer(), "gpt2": gpt2(room)}.items():
+        for name, model in {"ours": performer(), "gpt2": gpt2(context + steps)}.items():
             key = context, name
             with torch.no_grad():
                 caches[key] = model(tokens, use_cache=True, logits_to_keep=1).past_key_values
-            models[key], calls[key] = model, _step_call(model, caches[key], tokens[:, -1:], steps)
+            grows = name == "gpt2"
+            models[key], calls[key] = model, _step_call(model, caches[key], tokens[:, -1:], steps, grows)
     sizes = {key: cache_bytes(cache) for key, cache in caches.items()}
     for key, samples in _in_turns(calls, repeats).items():
         context, name = key
@@ -164,13 +164,17 @@ def _performer_pytorch_call(model, tokens, new_tokens):
     return call
 
 
-def _step_call(model, cache, token, steps):
+def _step_call(model, cache, token, steps, grows):
+    """So many steps; a cache that `grows` is as long as before after each call."""
+
     def call():
         with torch.no_grad():
             next_token = token
             for _ in range(steps):
                 logits = model(next_token, past_key_values=cache, use_cache=True).logits
                 next_token = logits[:, -1:].argmax(-1)
+        if grows:
+            cache.crop(-steps)
 
     return call
 
