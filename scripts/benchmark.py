@@ -36,6 +36,7 @@ from benchmark_targets import report
 # What can be measured, and the tests that have to be green for it.
 PARTS = {
     "causal": ["linear_attention"],
+    "growth": ["linear_attention"],
     "bidirectional": ["linear_attention"],
     "generate": ["linear_attention", "performer"],
     "generate-wide": ["linear_attention", "performer"],
@@ -59,6 +60,7 @@ LAYER_LENGTHS = (4096, 16384, 65536)
 PERCEIVER_LENGTHS = (4096, 16384, 65536)
 LANGUAGE_LENGTHS = (2048, 8192, 32768)
 CHUNKED_LENGTH, MILLION = 131072, 1048576
+GROWTH_LENGTHS = (4096, 16384)
 KEPT_HEAP = {"MALLOC_MMAP_THRESHOLD_": str(2**33), "MALLOC_TRIM_THRESHOLD_": str(2**33)}
 SETTINGS = {"default": {}, "kept-heap": KEPT_HEAP}
 # Quadratic work at 16k takes minutes, allocates little, and is the same under both settings.
@@ -127,6 +129,7 @@ def measure(arguments) -> None:
     from benchmark_flash_attention import measure as measure_softmax
     from benchmark_models import WIDE, measure_decoding, measure_generation, measure_wide_generation
     from benchmark_operations import measure as measure_operation
+    from benchmark_operations import measure_growth
     from benchmark_soft_topk import measure as measure_topk
 
     torch.set_num_threads(arguments.threads)
@@ -142,6 +145,8 @@ def measure(arguments) -> None:
                 names = ["ours", "sdpa"] if quick else None
                 collect(measure_operation(length, part == "causal", arguments.repeats, names))
     if arguments.setting == "default":
+        if "growth" in arguments.only:
+            collect(measure_growth(arguments.lengths if quick else GROWTH_LENGTHS, 3 * arguments.repeats))
         if "flash" in arguments.only:
             for length in arguments.lengths if quick else FLASH_LENGTHS:
                 collect(measure_softmax(length, arguments.repeats))

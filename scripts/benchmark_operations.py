@@ -59,6 +59,25 @@ def measure(length: int, causal: bool, repeats: int, names: list[str] | None = N
             )
 
 
+def measure_growth(lengths: list[int], repeats: int) -> Iterator[Row]:
+    """Our causal form at these lengths, in turns: how their times compare is what is asked."""
+    calls = {}
+    for length in lengths:
+        torch.manual_seed(0)
+        inputs = [torch.randn(BATCH, HEADS, length, HEAD_DIM) for _ in range(3)]
+        provider = providers(True, length)["ours"]()
+        calls |= {(mode, length): _call(provider, inputs, mode) for mode in MODES}
+    for (mode, length), samples in time_rounds(calls, repeats).items():
+        yield Row(
+            name="linear_attention_causal_growth",
+            provider="ours",
+            mode=mode,
+            length=length,
+            **summary(samples),
+            sizes=f"B{BATCH} H{HEADS} d{HEAD_DIM} m{FEATURES}",
+        )
+
+
 def providers(causal: bool, length: int) -> dict[str, Callable[[], Provider]]:
     """What can compute this attention at this length, each to be made when it is wanted."""
     projection = draw_projection(FEATURES, HEAD_DIM, seed=0, layer_idx=0, draw=0)

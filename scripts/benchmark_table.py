@@ -19,6 +19,7 @@ from benchmark_targets import report
 BEGIN, END = "<!-- benchmarks: begin -->", "<!-- benchmarks: end -->"
 TITLES = {
     "linear_attention_causal": "Causal attention",
+    "linear_attention_causal_growth": "Causal attention, lengths in turns",
     "linear_attention_bidirectional": "Bidirectional attention",
     "generate": "`generate`, greedy",
     "generate_wide": "`generate`, greedy, as wide as GPT-2",

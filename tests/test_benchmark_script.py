@@ -28,7 +28,7 @@ benchmark_gpu_work = load_script("benchmark_gpu_work")
 
 
 NO_HYPOTHESIS = "-p no:hypothesispytest"  # its plugin takes a second in each process
-PARTS = ("causal", "generate", "decode", "flash", "topk", "colt5")
+PARTS = ("causal", "growth", "generate", "decode", "flash", "topk", "colt5")
 PARTS += ("perceiver", "perceiver-chunks", "perceiver-language", "x-transformer")
 
 
@@ -92,6 +92,7 @@ def test_every_part_of_a_quick_run(few_calls, tmp_path, monkeypatch):
     for provider in ("ours", "sdpa"):
         for mode in ("forward", "forward+backward"):
             assert ("linear_attention_causal", provider, mode, 128) in found
+    assert ("linear_attention_causal_growth", "ours", "forward+backward", 128) in found
     for option, provider in (("alibi", "ours"), ("t5", "sdpa-bias"), ("softcap", "dense"), ("window", "sdpa-plain")):
         assert (f"flash_attention_{option}", provider, "forward+backward", 128) in found
     assert {("generate", "ours", "8+8", 16), ("decode", "gpt2", "8 steps", 32)} <= found
@@ -107,7 +108,7 @@ def test_every_part_of_a_quick_run(few_calls, tmp_path, monkeypatch):
     for row in rows:
         assert row.median > 0 and row.p20 <= row.median <= row.p80 and row.repeats >= 1
         assert row.threads == 1 and row.torch == torch.__version__ and row.device and row.commit and row.date
-        if row.name.startswith("linear_attention"):
+        if row.name == "linear_attention_causal":
             assert row.error is not None and row.error < 1e-4
     ours, theirs = ({row.length: row for row in rows if row.key[:2] == ("decode", p)} for p in ("ours", "gpt2"))
     assert ours[16].cache_bytes == ours[32].cache_bytes > 0
@@ -274,7 +275,8 @@ def test_targets_judge_ratios():
             make_row("linear_attention_causal", "ours", "forward", 4096, 10.0, peak_mib=1.0),
             make_row("linear_attention_causal", "performer-pytorch", "forward", 4096, 70.0, peak_mib=19.0),
             make_row("linear_attention_causal", "sdpa", "forward", 4096, 10.0),
-            make_row("linear_attention_causal", "ours", "forward", 16384, 44.0),
+            make_row("linear_attention_causal_growth", "ours", "forward", 4096, 10.0),
+            make_row("linear_attention_causal_growth", "ours", "forward", 16384, 44.0),
             make_row("generate", "ours", "64+192", 256, 1.0, tokens_per_second=299.0),
             make_row("generate", "performer-pytorch", "64+192", 256, 1.0, tokens_per_second=10.0),
         ]
