@@ -269,12 +269,24 @@ def test_new_rows_replace_old_ones_of_the_same_measurement():
     assert [row.median for row in benchmark.merged(old, new)] == [3.0, 2.0, 4.0]
 
 
+def test_a_context_stays_as_long_as_it_is():
+    model = models.gpt2(24)
+    tokens = torch.zeros(1, 16, dtype=torch.long)
+    cache = model(tokens, use_cache=True).past_key_values
+    for _ in range(2):
+        models._step_call(model, cache, tokens[:, -1:], 8, True)()
+        assert cache.get_seq_length() == 16
+
+
 def test_targets_judge_ratios():
     def verdicts(**changes):
         rows = [
             make_row("linear_attention_causal", "ours", "forward", 4096, 10.0, peak_mib=1.0),
             make_row("linear_attention_causal", "performer-pytorch", "forward", 4096, 70.0, peak_mib=19.0),
             make_row("linear_attention_causal", "sdpa", "forward", 4096, 10.0),
+            make_row(
+                "linear_attention_causal", "ours", "forward", 16384, 60.0
+            ),  # minutes later: compared with nothing
             make_row("linear_attention_causal_growth", "ours", "forward", 4096, 10.0),
             make_row("linear_attention_causal_growth", "ours", "forward", 16384, 44.0),
             make_row("generate", "ours", "64+192", 256, 1.0, tokens_per_second=299.0),

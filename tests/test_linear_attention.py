@@ -265,6 +265,18 @@ def test_inputs_and_state_are_left_alone(causal):
     assert all(torch.equal(a, b) for a, b in zip(tensors, copies, strict=True))
 
 
+@causal_or_not
+@pytest.mark.parametrize("keys", [0, 20])
+def test_a_state_of_any_strides_leads_to_a_contiguous_one(causal, keys):
+    inputs, feature_map = make_inputs("softmax-large-epsilon", keys), make_map("softmax-large-epsilon", 8)
+    _, state = linear_attention(*make_inputs("softmax-large-epsilon", 9), feature_map)
+    turned = state._replace(key_value=state.key_value.mT.contiguous().mT, key_sum=state.key_sum.mT.contiguous().mT)
+    assert not turned.key_value.is_contiguous() and not turned.key_sum.is_contiguous()
+    expected, actual = (linear_attention(*inputs, feature_map, causal=causal, state=s) for s in (state, turned))
+    torch.testing.assert_close(actual, expected)
+    assert all(part.is_contiguous() for part in actual.state)
+
+
 EXTREMES = {"tiny": 1e-20, "zero": 0.0, "ordinary": 1.0, "large": 8.0, "beyond-float32": 40.0, "beyond-float64": 3e3}
 
 

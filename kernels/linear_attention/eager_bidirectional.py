@@ -38,7 +38,7 @@ class _Memory:
     def __init__(self, state: LinearAttentionState, scratch: Scratch):
         self.first = state
         self.product = scratch("memory", *state.key_value.flatten(0, 1).shape)
-        self.values, self.sums = (torch.zeros_like(t.flatten(0, 1)) for t in state[:2])
+        self.values, self.sums = (t.new_zeros(t.flatten(0, 1).shape) for t in state[:2])
         self.scale = state.log_scale.flatten()
 
     def add(self, keys: Features, values: torch.Tensor, end: torch.Tensor) -> None:
@@ -50,17 +50,20 @@ class _Memory:
         torch.addcmul(_weighted_sum(weights, keys.values), self.sums, decay[:, None], out=self.sums)
         self.scale = end
 
-    def state(self, chunk_features: ChunkFeatures) -> LinearAttentionState:
-        """The whole state: what was there at first, and what was added."""
-        log_scale = self.scale.view_as(self.first.log_scale)
-        decay = torch.exp(self.first.log_scale - log_scale)
-        values = chunk_features.add_floor_to_sums(self.values).view_as(self.first.key_value)
-        sums = chunk_features.add_floor_to_sums(self.sums[..., None]).view_as(self.first.key_sum)
-        return LinearAttentionState(
-            torch.addcmul(values, self.first.key_value, decay[..., None, None]),
-            torch.addcmul(sums, self.first.key_sum, decay[..., None]),
-            log_scale.clone(),
+    def state(self, floor: float) -> LinearAttentionState:
+        """What was there at first and what was added, with the features' floor; in place, so nothing may follow."""
+        if floor:
+            self.values.add_(self.values.sum(dim=1, keepdim=True), alpha=floor)
+            self.sums.add_(self.sums.sum(dim=1, keepdim=True), alpha=floor)
+        first = self.first
+        key_value, key_sum, log_scale = (
+            t.view(part.shape) for t, part in zip((self.values, self.sums, self.scale), first, strict=True)
         )
+        decay = torch.exp(first.log_scale - log_scale)
+        key_value.addcmul_(first.key_value, decay[..., None, None])
+        key_sum.addcmul_(first.key_sum, decay[..., None])
+        # Without any key, the scale is the caller's own tensor.
+        return LinearAttentionState(key_value, key_sum, log_scale.clone())
 
 
 def _weighted_sum(weights: torch.Tensor, features: torch.Tensor) -> torch.Tensor:
@@ -88,7 +91,7 @@ def bidirectional_forward(query, key, value, feature_map, mask, state):
     for here in _chunks(key):
         _, keys = inputs.keys(here, chunk_features, with_floor=False)
         memory.add(keys, inputs.values(here), torch.maximum(keys.log_scale.amax(dim=-1), memory.scale))
-    new_state = memory.state(chunk_features)
+    new_state = memory.state(chunk_features.floor)
     output, denominators = _read_state(query, chunk_features, new_state, scratch)
     return output, new_state, denominators
 
@@ -139,7 +142,7 @@ def bidirectional_backward(
         grads = quotient_grads(grad_output, output, denominators, here, scratch)
         grad_memory.add_(torch.bmm(features.values.mT, grads, out=scratch("memory", *memory.shape)))
         grad_q = torch.bmm(grads, memory.mT, out=scratch("grad_query", *features.values.shape))
-        input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows, has_floor=False), rows)
+        input_grads.store_query(here, *chunk_features.backward(features, grad_q, rows), rows)
     grad_of_state = joint_sums(*grad_state).to(dtype).add_(chunk_features.add_floor_to_sums(grad_memory))
     grad_memory = chunk_features.add_floor_to_sums(grad_of_state)
     for here in _chunks(key):
@@ -149,8 +152,7 @@ def bidirectional_backward(
         grad_v = torch.bmm(features.values, grad_memory[..., :-1], out=scratch("grad_value", *v.shape)).mul_(to_end)
         rows_with_ones = scaled_rows(v, ones, to_end, scratch("rows", *v.shape[:2], memory.shape[-1]))
         grad_k = torch.bmm(rows_with_ones, grad_memory.mT, out=scratch("grad_key", *features.values.shape))
-        grads = chunk_features.backward(features, grad_k, rows, has_floor=False)
-        input_grads.store_key_value(here, *grads, rows, grad_v)
+        input_grads.store_key_value(here, *chunk_features.backward(features, grad_k, rows), rows, grad_v)
     shrink = torch.exp(initial_log_scale.flatten() - maximum)[:, None, None]
     grad_memory = (grad_of_state * shrink).unflatten(0, query.shape[:2])
     sums = grad_memory[..., :-1], grad_memory[..., -1]

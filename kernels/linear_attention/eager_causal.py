@@ -219,10 +219,8 @@ def causal_backward(
         grad_q = torch.bmm(carried_grads, before.mT, out=scratch("grad_query", *q.shape)).baddbmm_(grad_weights, k)
 
         grad_q, grad_k, grad_v = (grad.view(*q_rows.shape[:2], grad.shape[-1]) for grad in (grad_q, grad_k, grad_v))
-        of_query = chunk_features.backward(q_features, grad_q, q_rows, has_floor=True)
-        input_grads.store_query(here, *of_query, q_rows)
-        of_key = chunk_features.backward(k_features, grad_k, k_rows, has_floor=True)
-        input_grads.store_key_value(here, *of_key, k_rows, grad_v)
+        input_grads.store_query(here, *chunk_features.backward(q_features, grad_q, q_rows), q_rows)
+        input_grads.store_key_value(here, *chunk_features.backward(k_features, grad_k, k_rows), k_rows, grad_v)
     grad_memory = grad_memory.unflatten(0, query.shape[:2])
     sums = grad_memory[..., :-1], grad_memory[..., -1]
     return (*input_grads.inputs, *sums, input_grads.projection, input_grads.bias)

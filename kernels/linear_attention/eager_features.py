@@ -11,13 +11,13 @@ from .feature_maps import EXPONENTIAL, POINTWISE_FUNCTIONS, FeatureMap
 class Features(NamedTuple):
     """Features of a chunk `[BH, C, M]`, for keys their scales `[BH, C]`, and what the derivative needs besides.
 
-    Those of an exponential map have the sum 1, without the floor `ε`: `ChunkFeatures.add_floor` adds it, or whoever
-    sums them up.
+    Those of an exponential map have the sum 1, unless they have the floor `ε` (`ChunkFeatures.add_floor`).
     """
 
     values: torch.Tensor
     log_scale: torch.Tensor | None = None
     logits: torch.Tensor | None = None
+    has_floor: bool = False
 
 
 class Scratch:
@@ -44,7 +44,7 @@ class Scratch:
 
 
 class ChunkFeatures:
-    """`feature_maps.query_features` and `key_features` of one map.
+    """`feature_maps.query_features` and `key_features` of one map, those of an exponential one without their floor.
 
     In place wherever nothing else needs the tensor. What is returned is good until the same method is called again.
     """
@@ -58,7 +58,9 @@ class ChunkFeatures:
         self.subtract_norm = subtract_norm and self.is_exponential
         self.floor = self.epsilon if self.is_exponential else 0.0
         if self.function == "relu" and projection is not None:
-            self.summand = projection.new_full((1,), self.epsilon) if self.bias is None else self.bias + self.epsilon
+            self.bias_and_epsilon = (
+                projection.new_full((1,), self.epsilon) if self.bias is None else self.bias + self.epsilon
+            )
 
     def queries(self, rows: torch.Tensor, for_backward: bool = False) -> Features:
         """Features of `rows` `[BH, C, D]`, up to a factor per row."""
@@ -95,18 +97,21 @@ class ChunkFeatures:
             # say where the derivative is 1, but for logits that are lost in epsilon's last digit.
             values = self.scratch(name, *rows.shape[:-1], self.projection.shape[0])
             projection = self.projection.t().expand(rows.shape[0], -1, -1)
-            return Features(torch.baddbmm(self.summand, rows, projection, out=values).clamp_(min=self.epsilon))
+            return Features(
+                torch.baddbmm(self.bias_and_epsilon, rows, projection, out=values).clamp_(min=self.epsilon)
+            )
         logits = self._logits(name, rows)
-        in_place = self.function == "relu"
+        in_place = self.function == "relu"  # of the inputs themselves
         values = logits.relu_() if in_place else POINTWISE_FUNCTIONS[self.function].value(logits)
         values = values.add_(self.epsilon) if self.epsilon else values
         return Features(values, logits=logits if for_backward and not in_place else None)
 
     def add_floor(self, features: Features) -> Features:
         """The same features with the floor of an exponential map, in place."""
-        if self.floor:
-            features.values.add_(self.floor)
-        return features
+        if not self.floor:
+            return features
+        features.values.add_(self.floor)
+        return features._replace(has_floor=True)
 
     def add_floor_to_sums(self, sums: torch.Tensor) -> torch.Tensor:
         """Sums over tokens `[BH, M, ·]` of features without a floor times something, as if they had had it.
@@ -116,12 +121,11 @@ class ChunkFeatures:
         """
         return torch.add(sums, sums.sum(dim=1, keepdim=True), alpha=self.floor) if self.floor else sums
 
-    def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor, has_floor: bool):
+    def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor):
         """Gradients of `rows` and of the logits, given that of the features; `grad` and `features` are used up.
 
         A query's features are free up to a factor per row, and a key's factor is in its scale, so in both cases
-        `exp(l)` may be derived as if nothing had been taken from `l`. `has_floor` says whether `features` have theirs
-        (`add_floor`); otherwise `grad` is that of features without.
+        `exp(l)` may be derived as if nothing had been taken from `l`.
         """
         if self.function == "relu":
             grad_logits = torch.ops.aten.threshold_backward.grad_input(
@@ -129,7 +133,7 @@ class ChunkFeatures:
             )
         elif not self.is_exponential:
             grad_logits = grad.mul_(POINTWISE_FUNCTIONS[self.function].derivative(features.logits))
-        elif self.floor and has_floor:
+        elif features.has_floor:
             grad.add_(grad.sum(dim=-1, keepdim=True).mul_(self.floor))
             grad_logits = grad.mul_(features.values.sub_(self.floor))
         else:
