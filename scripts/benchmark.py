@@ -1,6 +1,6 @@
 """Speed, memory and error of our operations and models beside SDPA, GPT-2 and the peer libraries.
 
-    make bench                                       everything (about eight minutes on two cores), then the targets
+    make bench                                       everything, then the targets
     python scripts/benchmark.py --only causal        a part of it: one of those in PARTS
     python scripts/benchmark.py --quick              tiny sizes, to see that it runs; writes nothing
     python scripts/benchmark.py --report             the targets from the rows on disk, without measuring

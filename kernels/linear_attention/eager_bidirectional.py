@@ -50,11 +50,10 @@ class _Memory:
         torch.addcmul(_weighted_sum(weights, keys.values), self.sums, decay[:, None], out=self.sums)
         self.scale = end
 
-    def state(self, floor: float) -> LinearAttentionState:
+    def state(self, chunk_features: ChunkFeatures) -> LinearAttentionState:
         """What was there at first and what was added, with the features' floor; in place, so nothing may follow."""
-        if floor:
-            self.values.add_(self.values.sum(dim=1, keepdim=True), alpha=floor)
-            self.sums.add_(self.sums.sum(dim=1, keepdim=True), alpha=floor)
+        for sums in (self.values, self.sums):
+            chunk_features.add_floor_to_sums(sums, out=sums)
         first = self.first
         key_value, key_sum, log_scale = (
             t.view(part.shape) for t, part in zip((self.values, self.sums, self.scale), first, strict=True)
@@ -91,7 +90,7 @@ def bidirectional_forward(query, key, value, feature_map, mask, state):
     for here in _chunks(key):
         _, keys = inputs.keys(here, chunk_features, with_floor=False)
         memory.add(keys, inputs.values(here), torch.maximum(keys.log_scale.amax(dim=-1), memory.scale))
-    new_state = memory.state(chunk_features.floor)
+    new_state = memory.state(chunk_features)
     output, denominators = _read_state(query, chunk_features, new_state, scratch)
     return output, new_state, denominators
 

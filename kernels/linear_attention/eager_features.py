@@ -113,13 +113,13 @@ class ChunkFeatures:
         features.values.add_(self.floor)
         return features._replace(has_floor=True)
 
-    def add_floor_to_sums(self, sums: torch.Tensor) -> torch.Tensor:
+    def add_floor_to_sums(self, sums: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
         """Sums over tokens `[BH, M, ·]` of features without a floor times something, as if they had had it.
 
         `Σ_j (φ_j + ε 1) w_jᵀ = S + ε 1 (1ᵀ S)`, for features `φ_j` of the sum 1. This is symmetric, so that to do it
         once more gives queries without a floor what they would read with one; gradients go through it the same way.
         """
-        return torch.add(sums, sums.sum(dim=1, keepdim=True), alpha=self.floor) if self.floor else sums
+        return torch.add(sums, sums.sum(dim=1, keepdim=True), alpha=self.floor, out=out) if self.floor else sums
 
     def backward(self, features: Features, grad: torch.Tensor, rows: torch.Tensor):
         """Gradients of `rows` and of the logits, given that of the features; `grad` and `features` are used up.
