@@ -9,7 +9,7 @@ from hf_efficient.kernels.soft_topk import triton_backward, triton_forward
 STEPS = 20
 ROWS = 8
 # One length for each row of the launch tables; the last one is split.
-LENGTHS = (1024, 4096, 16384, 1_048_576)
+LENGTHS = (1024, 4096, 16384, 32768, 1_048_576)
 
 
 def cases() -> list[KernelCase]:

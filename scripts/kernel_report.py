@@ -7,7 +7,7 @@
     make kernels                                                                   writes these tables
 
 One row per compiled kernel: registers per thread, bytes spilled per thread, shared memory per program, the matrix
-instruction found. Ends with status 1 if a kernel does not compile, needs more shared memory than its target has, or
+instruction found, and how many instructions its innermost loops have (NVIDIA only). Ends with status 1 if a kernel does not compile, needs more shared memory than its target has, or
 spills in a hot configuration.
 
 One operation for one target took up to 705 s on a core of an EPYC, so what the compiler said is kept in tables
@@ -31,7 +31,7 @@ OPERATIONS = sorted(
 TARGETS = ("sm_80", "sm_90", "gfx942")
 COLUMNS = (
     "operation", "case", "hot", "target", "kernel", "registers", "spilled_bytes", "shared_bytes", "num_warps",
-    "matrix_instruction", "triton", "key", "problem",
+    "matrix_instruction", "loops", "triton", "key", "problem",
 )  # fmt: skip
 
 
@@ -99,7 +99,7 @@ def show(row: dict) -> None:
     if "kernel" in row:
         used = (
             f"{row['registers']:4d} registers {row['spilled_bytes']:5d} spilled {row['shared_bytes']:7d} shared "
-            f"{row['num_warps']:2d} warps {row['matrix_instruction'] or '-':5s}"
+            f"{row['num_warps']:2d} warps {row['matrix_instruction'] or '-':5s} loops of {row['loops'] or '-'}"
         )
         print(f"{row['target']:6s} {name:60s} {row['kernel']:44s} {used} {row['problem']}".rstrip(), flush=True)
     else:

@@ -19,7 +19,8 @@ from triton.runtime.jit import JITFunction
 class Resources(NamedTuple):
     """What one compiled kernel needs: registers and spilled bytes per thread, shared bytes per program.
 
-    `matrix_instruction` is the widest kind found in the code: wgmma, mma, mfma, or empty.
+    `matrix_instruction` is the widest kind found in the code: wgmma, mma, mfma, or empty. `loops` are the numbers of
+    instructions of the loops without a loop inside, in their order: what a warp issues for each tile. Empty for AMD.
     """
 
     kernel: str
@@ -28,6 +29,7 @@ class Resources(NamedTuple):
     shared_bytes: int
     num_warps: int
     matrix_instruction: str
+    loops: str
 
 
 class KnownKernel(NamedTuple):

@@ -81,33 +81,58 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
 
 
 def resources(kernel) -> Resources:
-    """Reads registers, spills, shared memory and matrix instructions from a compiled kernel, or says what is known."""
+    """Reads registers, spills, shared memory, matrix instructions and loops from a compiled kernel, or what is known."""
     if isinstance(kernel, KnownKernel):
         return kernel.resources
     read = _from_cubin if "cubin" in kernel.asm else _from_amdgcn
-    registers, spilled, static_shared, instruction = read(kernel.asm)
+    registers, spilled, static_shared, instruction, loops = read(kernel.asm)
     metadata = kernel.metadata
     return Resources(
-        metadata.name, registers, spilled, max(metadata.shared, static_shared), metadata.num_warps, instruction
+        metadata.name, registers, spilled, max(metadata.shared, static_shared), metadata.num_warps, instruction, loops
     )
 
 
-def _from_cubin(asm) -> tuple[int, int, int, str]:
+def innermost_loops(listing: str) -> list[int]:
+    """How many instructions each loop without a loop inside has, in the order of a listing of `cuobjdump -sass`.
+
+    A loop is what lies between a branch and an earlier place that it leads to; several branches may lead there.
+    """
+    places = [int(place, 16) for place in re.findall(r"^\s+/\*([0-9a-f]{4,})\*/", listing, re.MULTILINE)]
+    ends = {}
+    branch = r"^\s+/\*([0-9a-f]{4,})\*/\s[^;]*\bBRA(?:\.\w+)*\s[^;]*?0x([0-9a-f]+)\s*;"
+    for place, target in re.findall(branch, listing, re.MULTILINE):
+        if int(target, 16) < int(place, 16):
+            start = int(target, 16)
+            ends[start] = max(ends.get(start, 0), int(place, 16))
+    loops = sorted(ends.items())
+    inner = [
+        (start, end)
+        for start, end in loops
+        if not any(start <= other and last <= end and (start, end) != (other, last) for other, last in loops)
+    ]
+    return [sum(start <= place <= end for place in places) for start, end in inner]
+
+
+def _from_cubin(asm) -> tuple[int, int, int, str, str]:
     with tempfile.TemporaryDirectory() as folder:
         binary = Path(folder, "kernel.cubin")
         binary.write_bytes(asm["cubin"])
         tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
-        text = subprocess.run([tool, "-res-usage", binary], capture_output=True, text=True, check=True).stdout
+        text, listing = (
+            subprocess.run([tool, option, binary], capture_output=True, text=True, check=True).stdout
+            for option in ("-res-usage", "-sass")
+        )
     usage = {name: int(number) for name, number in re.findall(r"(REG|STACK|LOCAL|SHARED):(\d+)", text)}
     ptx = asm["ptx"]
     instruction = "wgmma" if "wgmma.mma_async" in ptx else "mma" if "mma.sync" in ptx else ""
     # ptxas counts what it spills as stack, beside what the code itself declares there, in units of 8 bytes.
     declared = sum(int(size) for size in re.findall(r"__local_depot\d+\[(\d+)\];", ptx))
     spilled = max(usage["STACK"] - -(-declared // 8) * 8, 0) + usage["LOCAL"]
-    return usage["REG"], spilled, usage["SHARED"], instruction
+    loops = " ".join(str(count) for count in innermost_loops(listing))
+    return usage["REG"], spilled, usage["SHARED"], instruction, loops
 
 
-def _from_amdgcn(asm) -> tuple[int, int, int, str]:
+def _from_amdgcn(asm) -> tuple[int, int, int, str, str]:
     text = asm["amdgcn"]
 
     def number(name: str) -> int:
@@ -119,4 +144,5 @@ def _from_amdgcn(asm) -> tuple[int, int, int, str]:
         4 * number("vgpr_spill_count"),
         number("group_segment_fixed_size"),
         "mfma" if "v_mfma" in text else "",
+        "",
     )

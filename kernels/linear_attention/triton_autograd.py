@@ -80,7 +80,7 @@ def _backward(
     query_normalizers: Tensor,
     key_normalizers: Tensor,
     key_scales: Tensor,
-    denominators: Tensor,
+    reciprocals: Tensor,
     running: Tensor,
     function: str,
     scale: float,
@@ -104,23 +104,23 @@ def _backward(
         cu_seqlens,
         output,
         LinearAttentionState(final_key_value, final_key_sum, final_log_scale),
-        (query_normalizers, key_normalizers, key_scales, denominators, running),
+        (query_normalizers, key_normalizers, key_scales, reciprocals, running),
     )
     # An operator returns tensors only: an empty one stands for "not wanted".
-    return tuple(denominators.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(reciprocals.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward.register_fake
 def _(
     grad_output, grad_key_value, grad_key_sum, query, key, value, key_value, key_sum, log_scale, mask, projection,
     bias, cu_seqlens, output, final_key_value, final_key_sum, final_log_scale, query_normalizers, key_normalizers,
-    key_scales, denominators, running, function, scale, epsilon, norm, causal, grad_of_projection, grad_of_bias,
+    key_scales, reciprocals, running, function, scale, epsilon, norm, causal, grad_of_projection, grad_of_bias,
 ):  # fmt: skip
     like = [query, key, value, key_value, key_sum]
     parameters = [(projection, grad_of_projection), (bias, grad_of_bias)]
     return (
         *(torch.empty_like(tensor, memory_format=torch.contiguous_format) for tensor in like),
-        *(torch.empty_like(t) if wanted else denominators.new_empty(0) for t, wanted in parameters),
+        *(torch.empty_like(t) if wanted else reciprocals.new_empty(0) for t, wanted in parameters),
     )
 
 

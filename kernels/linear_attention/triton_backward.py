@@ -40,13 +40,13 @@ def backward(
     """
     tensors = MapTensors.of(feature_map, query)
     mask = None if mask is None else (mask != 0).contiguous()
-    query_normalizers, *found, denominators, running = saved
+    query_normalizers, *found, reciprocals, running = saved
     size = chunk_size(query)
     of_queries = Chunks.of(query.shape[0], query.shape[2], size, cu_seqlens)
     of_keys = of_queries if causal else Chunks.of(key.shape[0], key.shape[2], size, cu_seqlens)
     read = states(key, value, tensors, mask, start, of_keys, found, keep_states=True)[1] if causal else end
     products = row_products(gradient, output)
-    rows = denominators, running, query_normalizers
+    rows = reciprocals, running, query_normalizers
     scales = start.log_scale.contiguous(), end.log_scale
     kept, of_start = state_gradients(
         query, gradient, tensors, (products, *rows), read.log_scale, scales, of_end, of_queries, causal

@@ -15,7 +15,7 @@ from ..launch_config import choose_config
 from .feature_maps import EXPONENTIAL, FeatureMap
 from .launch_table import DECODE
 from .state import LinearAttentionState
-from .triton_features import EMPTY, apply_map
+from .triton_features import EMPTY, apply_map, exponential
 
 
 try:  # Outside of `try`, transformers would take it for a requirement of every checkpoint.
@@ -87,7 +87,7 @@ def _decode(
             )  # fmt: skip  # [BLOCK_FEATURES]
             b_logits = tl.where(m_features, b_logits, float("-inf"))
             new = tl.maximum(query_maximum, tl.max(b_logits, axis=0))
-            query_total = query_total * tl.exp(query_maximum - new) + tl.sum(tl.exp(b_logits - new), axis=0)
+            query_total = query_total * exponential(query_maximum - new) + tl.sum(exponential(b_logits - new), axis=0)
             query_maximum = new
             b_logits = _token_logits(
                 p_key, stride_key_column, p_projection, p_bias, o_features, m_features, scale, HEAD, BLOCK_HEAD,
@@ -95,7 +95,7 @@ def _decode(
             )  # fmt: skip  # [BLOCK_FEATURES]
             b_logits = tl.where(m_features, b_logits, float("-inf"))
             new = tl.maximum(key_maximum, tl.max(b_logits, axis=0))
-            key_total = key_total * tl.exp(key_maximum - new) + tl.sum(tl.exp(b_logits - new), axis=0)
+            key_total = key_total * exponential(key_maximum - new) + tl.sum(exponential(b_logits - new), axis=0)
             key_maximum = new
         query_normalizer = query_maximum + tl.log(query_total)
         key_normalizer = key_maximum + tl.log(key_total)
@@ -110,8 +110,8 @@ def _decode(
     if HAS_MASK:
         key_scale = tl.where(keep != 0, key_scale, EMPTY)
     new_maximum = tl.maximum(maximum, key_scale)
-    decay = tl.exp(maximum - new_maximum)
-    weight = tl.exp(key_scale - new_maximum)
+    decay = exponential(maximum - new_maximum)
+    weight = exponential(key_scale - new_maximum)
 
     denominator = 0.0
     for o_value in range(0, num_values, BLOCK_VALUES):
@@ -128,13 +128,13 @@ def _decode(
                 p_query, stride_query_column, p_projection, p_bias, o_features, m_features, scale, HEAD, BLOCK_HEAD,
                 BLOCK_FEATURES, HAS_PROJECTION, HAS_BIAS,
             )  # fmt: skip  # [BLOCK_FEATURES]
-            b_query = apply_map(b_logits, query_normalizer, m_features, epsilon, FUNCTION)
+            b_query = apply_map(b_logits, query_normalizer, m_features, epsilon, FUNCTION, True)
             b_logits = _token_logits(
                 p_key, stride_key_column, p_projection, p_bias, o_features, m_features, scale, HEAD, BLOCK_HEAD,
                 BLOCK_FEATURES, HAS_PROJECTION, HAS_BIAS,
             )  # fmt: skip  # [BLOCK_FEATURES]
             m_key = o_features < num_features * keep
-            b_key = tl.where(m_key, apply_map(b_logits, key_normalizer, m_key, epsilon, FUNCTION) * weight, 0.0)
+            b_key = tl.where(m_key, apply_map(b_logits, key_normalizer, m_key, epsilon, FUNCTION, True) * weight, 0.0)
             o_tile = o_state + o_features[:, None] * num_values + o_values[None, :]  # [BLOCK_FEATURES, BLOCK_VALUES]
             m_tile = m_features[:, None] & m_values[None, :]
             b_state = tl.load(p_state + o_tile, mask=m_tile, other=0.0) * decay

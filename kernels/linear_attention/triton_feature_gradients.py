@@ -26,6 +26,7 @@ from .launch_table import FEATURE_GRADIENTS
 from .triton_features import (
     apply_map,
     derivative_of_map,
+    exponential,
     load_features,
     load_keep,
     load_logits,
@@ -34,6 +35,7 @@ from .triton_features import (
     locate_chunk,
     to_operand,
     weigh,
+    within,
 )
 from .triton_states import TRITON_DTYPES
 
@@ -46,19 +48,23 @@ except ImportError as error:
 
 
 @triton.jit
-def _through_map(b_logits, b_features, b_gradient, b_floor, epsilon, m_logits, FUNCTION: tl.constexpr):
+def _through_map(
+    b_logits, b_features, b_gradient, b_floor, epsilon, m_logits, FUNCTION: tl.constexpr, MASKED: tl.constexpr,
+):  # fmt: skip
     """Gradient of the logits from that of the features, all `[CHUNK, BLOCK_FEATURES]`; `b_floor` `[CHUNK]`."""
     if FUNCTION == "exponential":
         b_gradient = (b_gradient + b_floor[:, None]) * (b_features - epsilon)
     else:
         b_gradient = b_gradient * derivative_of_map(b_logits, FUNCTION)
-    # Chosen, not multiplied: a chunk without rows has no state, and there stands what happens to stand there.
-    return tl.where(m_logits, b_gradient, 0.0)
+    if MASKED:
+        # Chosen, not multiplied: a chunk without rows has no state, and there stands what happens to stand there.
+        b_gradient = tl.where(m_logits, b_gradient, 0.0)
+    return b_gradient
 
 
 @triton.jit
 def _feature_gradients(
-    p_own, p_other, p_left, p_right, p_mask, p_products, p_denominators, p_running, p_own_normalizers,
+    p_own, p_other, p_left, p_right, p_mask, p_products, p_reciprocals, p_running, p_own_normalizers,
     p_other_normalizers, p_scales, p_maxima, p_states, p_sums, p_gradient_own, p_gradient_projection, p_gradient_bias,
     stride_own_batch, stride_own_head, stride_own_row, stride_own_column,
     stride_other_batch, stride_other_head, stride_other_row, stride_other_column,
@@ -68,9 +74,9 @@ def _feature_gradients(
     CHUNK: tl.constexpr, HEAD: tl.constexpr, VALUES: tl.constexpr, BLOCK_HEAD: tl.constexpr,
     BLOCK_FEATURES: tl.constexpr, BLOCK_VALUES: tl.constexpr, BLOCK_OUT: tl.constexpr, CAUSAL: tl.constexpr,
     OF_QUERY: tl.constexpr, WITH_PROJECTION: tl.constexpr, WITH_BIAS: tl.constexpr, HAS_FLOOR: tl.constexpr,
-    SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, FUNCTION: tl.constexpr,
-    HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
-    PRECISION: tl.constexpr,
+    SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr,
+    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
+    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """For queries `p_states`, `p_sums` and `p_maxima` are `S`, `z`, `m₀`; for keys `dS`, `dz` and `m` at the end."""
     i_program = tl.program_id(0)
@@ -102,7 +108,7 @@ def _feature_gradients(
             m_keep = load_keep(p_mask, i_batch, o_rows, m_rows, stride_mask, HAS_MASK)
             b_scales = load_scales(p_scales + o_vector, o_rows, m_keep, FUNCTION)  # [CHUNK]
         if CAUSAL or OF_QUERY:
-            b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
+            b_ratios = tl.load(p_reciprocals + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
             b_products = tl.load(p_products + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
         if CAUSAL:
             b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
@@ -110,7 +116,7 @@ def _feature_gradients(
             m_own = m_rows
             b_factor = b_ratios  # of what comes from the state: [CHUNK]
             if CAUSAL:
-                b_factor = b_ratios * tl.exp(tl.load(p_maxima + i_state) - b_running)
+                b_factor = b_ratios * exponential(tl.load(p_maxima + i_state) - b_running)
         else:
             m_own = m_keep
             if CAUSAL:
@@ -118,7 +124,7 @@ def _feature_gradients(
                 maximum = tl.load(p_running + o_vector + o_last, mask=o_start < o_end, other=0.0)
             else:
                 maximum = tl.load(p_maxima + i_state)
-            b_factor = tl.exp(b_scales - maximum)
+            b_factor = exponential(b_scales - maximum)
         b_factor = tl.where(m_own, b_factor, 0.0)
 
         if CAUSAL:
@@ -152,7 +158,7 @@ def _feature_gradients(
                 b_state = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
                 for o_feature in range(0, num_features, BLOCK_FEATURES):
                     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-                    m_features = o_features < num_features
+                    m_features = within(o_features, num_features, WHOLE)
                     b_part = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, False)
                     b_state += tl.sum(b_part.to(tl.float32), axis=0)
                     if o_value == 0:
@@ -170,7 +176,7 @@ def _feature_gradients(
         b_gradient_norm = tl.zeros([CHUNK], dtype=tl.float32)
         for o_feature in range(0, num_features, BLOCK_FEATURES):
             o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-            m_features = o_features < num_features
+            m_features = within(o_features, num_features, WHOLE)
             b_gradient = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
             for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
                 o_values = o_value + tl.arange(0, BLOCK_VALUES)
@@ -185,20 +191,24 @@ def _feature_gradients(
                 b_other = load_features(
                     p_y, o_rows, m_other, stride_other_row, stride_other_column, p_other_normalizers + o_vector,
                     p_high, p_low, p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD,
-                    BLOCK_FEATURES, False, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+                    BLOCK_FEATURES, False, WHOLE, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
                 )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
                 b_other = to_operand(b_other, OPERAND, PRECISION)
                 b_gradient = tl.dot(b_square, b_other, b_gradient, input_precision=PRECISION)
             b_logits = load_logits(
                 p_x, o_rows, m_own, stride_own_row, stride_own_column, p_high, p_low, p_bias, o_feature, num_features,
-                scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+                scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, WHOLE, HAS_PROJECTION, HAS_BIAS, SPLIT,
+                PRECISION,
             )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
             b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
             if FUNCTION == "exponential":
                 b_normalizer = tl.load(p_own_normalizers + o_vector + o_rows, mask=m_own, other=0.0)
-            b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION)
+            b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION, not SPLIT)
             m_gradient = m_own[:, None] & m_features[None, :]
-            b_gradient = _through_map(b_logits, b_features, b_gradient, b_floor, epsilon, m_gradient, FUNCTION)
+            b_gradient = _through_map(
+                b_logits, b_features, b_gradient, b_floor, epsilon, m_gradient, FUNCTION,
+                PACKED or HAS_MASK or not WHOLE,
+            )  # fmt: skip
             if SUBTRACT_NORM and not OF_QUERY:
                 b_gradient_norm += tl.sum(b_gradient, axis=1)
             b_operand = to_operand(b_gradient, OPERAND, PRECISION)
@@ -245,14 +255,14 @@ def feature_gradients(
 ) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Gradient of the query, or of the key, in its dtype, and what it adds to those of projection and bias in float32.
 
-    `of_rows` are row products, denominators, running maxima, normalizers of queries and of keys, and scales. `maxima`
-    and `sums`: for a query those before each chunk, for a key the maxima at the end and the gradients of the sums;
-    for each chunk, or each sequence. `wanted` says which of the last two results.
+    `of_rows` are row products, reciprocals of the denominators, running maxima, normalizers of queries and of keys,
+    and scales. `maxima` and `sums`: for a query those before each chunk, for a key the maxima at the end and the
+    gradients of the sums; for each chunk, or each sequence. `wanted` says which of the last two results.
     """
     heads, head_dim = query.shape[1], query.shape[3]
     num_features, num_values = sums[0].shape[2:]
     config = choose_config(FEATURE_GRADIENTS, query.element_size() * 8, head_dim)
-    products, denominators, running, *normalizers, scales = of_rows
+    products, reciprocals, running, *normalizers, scales = of_rows
     own, other, left, right = (query, key, gradient, value) if of_query else (key, query, value, gradient)
     found = own.new_empty(own.shape)
     groups = max(1, chunks.total)
@@ -274,7 +284,7 @@ def feature_gradients(
                 right,
                 mask,
                 products,
-                denominators,
+                reciprocals,
                 running,
                 *(normalizers if of_query else reversed(normalizers)),
                 scales,
@@ -301,6 +311,7 @@ def feature_gradients(
                 HAS_FLOOR=is_exponential and tensors.epsilon > 0,
                 SUBTRACT_NORM=is_exponential and tensors.subtract_norm,
                 HAS_MASK=mask is not None,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 OPERAND=TRITON_DTYPES[operand_dtype(query.dtype)],
                 PRECISION=precision(query.dtype),
                 **chunks.of_each(),

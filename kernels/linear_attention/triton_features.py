@@ -13,6 +13,39 @@ except ImportError as error:
 
 
 EMPTY = tl.constexpr(-1.0e30)  # state.EMPTY_LOG_SCALE
+LOG2_E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def exponential(b_x):
+    """`exp`, by the instruction that GPUs have for powers of two: `tl.exp` spends three more on denormal numbers."""
+    return tl.exp2(b_x * LOG2_E)
+
+
+@triton.jit
+def exponential_of_difference(b_one, b_other, PRECISE: tl.constexpr):
+    """`exp(one - other)`, where `other` has an axis of length 1.
+
+    Unless PRECISE one multiply-add for each number, with a rounding that grows as they do.
+    """
+    return exponential(b_one - b_other) if PRECISE else tl.exp2(b_one * LOG2_E - b_other * LOG2_E)
+
+
+@triton.jit
+def _larger(one, other):
+    return tl.maximum(one, other)
+
+
+@triton.jit
+def running_maximum(b_numbers):
+    """The largest of the numbers up to each: `[CHUNK]`."""
+    return tl.associative_scan(b_numbers, 0, _larger)
+
+
+@triton.jit
+def within(o_features, num_features, WHOLE: tl.constexpr):
+    """Which features there are: all of them if WHOLE, a constant that the compiler folds into what it masks."""
+    return tl.full(o_features.shape, True, tl.int1) if WHOLE else o_features < num_features
 
 
 @triton.jit
@@ -79,12 +112,12 @@ def load_keep(p_mask, i_batch, o_rows, m_rows, stride_mask, HAS_MASK: tl.constex
 def load_logits(
     p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, p_bias, o_feature, num_features, scale,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Logits of the rows for the features from `o_feature` on: `[CHUNK, BLOCK_FEATURES]` float32, or transposed."""
     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-    m_features = o_features < num_features
+    m_features = within(o_features, num_features, WHOLE)
     if HAS_PROJECTION:
         if TRANSPOSED:
             b_logits = tl.zeros([BLOCK_FEATURES, CHUNK], dtype=tl.float32)
@@ -128,10 +161,10 @@ def to_operand(b_block, OPERAND: tl.constexpr, PRECISION: tl.constexpr):
 
 
 @triton.jit
-def apply_map(b_logits, b_normalizer, m_features, epsilon, FUNCTION: tl.constexpr):
+def apply_map(b_logits, b_normalizer, m_features, epsilon, FUNCTION: tl.constexpr, PRECISE: tl.constexpr):
     """Features of logits, in their shape; `b_normalizer` and `m_features` broadcast to it."""
     if FUNCTION == "exponential":
-        b_features = tl.exp(b_logits - b_normalizer)
+        b_features = exponential_of_difference(b_logits, b_normalizer, PRECISE)
     elif FUNCTION == "identity":
         b_features = b_logits
     elif FUNCTION == "relu":
@@ -140,7 +173,7 @@ def apply_map(b_logits, b_normalizer, m_features, epsilon, FUNCTION: tl.constexp
         b_positive = tl.maximum(b_logits, 0.0)
         b_features = b_positive * b_positive
     elif FUNCTION == "elu_plus_one":
-        b_features = tl.where(b_logits > 0, b_logits + 1.0, tl.exp(tl.minimum(b_logits, 0.0)))
+        b_features = tl.where(b_logits > 0, b_logits + 1.0, exponential(tl.minimum(b_logits, 0.0)))
     elif FUNCTION == "gelu":
         b_features = 0.5 * b_logits * (1.0 + tl.erf(b_logits * 0.7071067811865476))
     elif FUNCTION == "silu":
@@ -150,7 +183,7 @@ def apply_map(b_logits, b_normalizer, m_features, epsilon, FUNCTION: tl.constexp
     else:
         tl.static_assert(FUNCTION == "softplus")
         # log(1 + e) loses the digits of a small e; the quotient gives them back.
-        b_small = tl.exp(-tl.abs(b_logits))
+        b_small = exponential(-tl.abs(b_logits))
         b_sum = 1.0 + b_small
         b_rounded = b_sum - 1.0
         b_log = tl.log(b_sum) * b_small / tl.where(b_rounded == 0.0, 1.0, b_rounded)
@@ -168,9 +201,9 @@ def derivative_of_map(b_logits, FUNCTION: tl.constexpr):
     elif FUNCTION == "squared_relu":
         b_derivative = 2.0 * tl.maximum(b_logits, 0.0)
     elif FUNCTION == "elu_plus_one":
-        b_derivative = tl.exp(tl.minimum(b_logits, 0.0))
+        b_derivative = exponential(tl.minimum(b_logits, 0.0))
     elif FUNCTION == "gelu":
-        b_density = tl.exp(-0.5 * b_logits * b_logits) * 0.3989422804014327
+        b_density = exponential(-0.5 * b_logits * b_logits) * 0.3989422804014327
         b_derivative = 0.5 * (1.0 + tl.erf(b_logits * 0.7071067811865476)) + b_logits * b_density
     elif FUNCTION == "silu":
         b_gate = tl.sigmoid(b_logits)
@@ -188,23 +221,23 @@ def derivative_of_map(b_logits, FUNCTION: tl.constexpr):
 def load_features(
     p_rows, o_rows, m_rows, stride_row, stride_column, p_normalizers, p_high, p_low, p_bias, o_feature, num_features,
     scale, epsilon, HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
-    TRANSPOSED: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
-    SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    TRANSPOSED: tl.constexpr, WHOLE: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr,
+    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     """Features of the rows from `o_feature` on: `[CHUNK, BLOCK_FEATURES]` float32, or transposed."""
     b_logits = load_logits(
         p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, p_bias, o_feature, num_features, scale,
-        HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, TRANSPOSED, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+        HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, TRANSPOSED, WHOLE, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
     )  # fmt: skip
-    m_features = o_feature + tl.arange(0, BLOCK_FEATURES) < num_features
+    m_features = within(o_feature + tl.arange(0, BLOCK_FEATURES), num_features, WHOLE)
     if FUNCTION == "exponential":
         b_normalizer = tl.load(p_normalizers + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
     else:
         b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
     if TRANSPOSED:
-        b_features = apply_map(b_logits, b_normalizer[None, :], m_features[:, None], epsilon, FUNCTION)
+        b_features = apply_map(b_logits, b_normalizer[None, :], m_features[:, None], epsilon, FUNCTION, not SPLIT)
     else:
-        b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION)
+        b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION, not SPLIT)
     return b_features
 
 
@@ -222,5 +255,5 @@ def load_scales(p_scales, o_rows, m_keep, FUNCTION: tl.constexpr):
 def weigh(b_products, b_scales, b_running, m_visible, FUNCTION: tl.constexpr):
     """`products · exp(s_key - m_query)` where visible; scales and maxima come with the axes they broadcast along."""
     # The keys of a pointwise map have the scale 0.
-    b_decay = tl.exp(b_scales - b_running) if FUNCTION == "exponential" else tl.exp(-b_running)
+    b_decay = exponential(b_scales - b_running) if FUNCTION == "exponential" else exponential(-b_running)
     return tl.where(m_visible, b_products * b_decay, 0.0)

@@ -20,7 +20,18 @@ from .feature_maps import FeatureMap
 from .launch_plan import Chunks, MapTensors, operand_dtype, precision
 from .launch_table import CHUNKS, OUTPUTS
 from .state import LinearAttentionState
-from .triton_features import EMPTY, load_features, load_keep, load_scales, load_tile, locate_chunk, to_operand, weigh
+from .triton_features import (
+    exponential,
+    load_features,
+    load_keep,
+    load_scales,
+    load_tile,
+    locate_chunk,
+    running_maximum,
+    to_operand,
+    weigh,
+    within,
+)
 from .triton_states import TRITON_DTYPES, normalizers, states
 
 
@@ -34,13 +45,14 @@ except ImportError as error:
 @triton.jit
 def _outputs(
     p_query, p_key, p_value, p_mask, p_query_normalizers, p_key_normalizers, p_scales, p_states, p_sums, p_maxima,
-    p_output, p_denominators, p_running, stride_query_batch, stride_query_head, stride_query_row,
+    p_output, p_reciprocals, p_running, stride_query_batch, stride_query_head, stride_query_row,
     stride_query_column, stride_key_batch, stride_key_head, stride_key_row, stride_key_column, stride_value_batch,
     stride_value_head, stride_value_row, stride_value_column, stride_mask, p_high, p_low, p_bias, p_table, length,
     chunks, heads, num_features, num_values, scale, epsilon, CHUNK: tl.constexpr, HEAD: tl.constexpr,
     BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr, BLOCK_VALUES: tl.constexpr, CAUSAL: tl.constexpr,
-    HAS_MASK: tl.constexpr, PACKED: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    HAS_MASK: tl.constexpr, PACKED: tl.constexpr, WHOLE: tl.constexpr, FUNCTION: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     value_tiles = tl.cdiv(num_values, BLOCK_VALUES)
@@ -68,11 +80,11 @@ def _outputs(
         b_query = load_features(
             p_query, o_rows, m_rows, stride_query_row, stride_query_column, p_query_normalizers + o_vector, p_high,
             p_low, p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False,
-            FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            WHOLE, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
         )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
         b_query = to_operand(b_query, OPERAND, PRECISION)
         o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-        m_features = o_features < num_features
+        m_features = within(o_features, num_features, WHOLE)
         b_state = load_tile(p_states, o_features, m_features, o_values, m_values, num_values, 1, False)
         b_state = to_operand(b_state, OPERAND, PRECISION)
         b_numerator = tl.dot(b_query, b_state, b_numerator, input_precision=PRECISION)
@@ -82,7 +94,7 @@ def _outputs(
             b_key = load_features(
                 p_key, o_rows, m_keep, stride_key_row, stride_key_column, p_key_normalizers + o_vector, p_high,
                 p_low, p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES,
-                True, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+                True, WHOLE, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
             )  # fmt: skip  # [BLOCK_FEATURES, CHUNK]
             b_key = to_operand(b_key, OPERAND, PRECISION)
             b_weights = tl.dot(b_query, b_key, b_weights, input_precision=PRECISION)
@@ -92,10 +104,10 @@ def _outputs(
         o_place = tl.arange(0, CHUNK)
         m_visible = (o_place[None, :] <= o_place[:, None]) & m_keep[None, :]  # [query, key]
         maximum = tl.load(p_maxima + i_state)
-        b_running = tl.maximum(tl.max(tl.where(m_visible, b_scales[None, :], EMPTY), axis=1), maximum)  # [CHUNK]
+        b_running = tl.maximum(running_maximum(b_scales), maximum)  # [CHUNK]
         b_weights = weigh(b_weights, b_scales[None, :], b_running[:, None], m_visible, FUNCTION)
         b_weights = to_operand(b_weights, OPERAND, PRECISION)
-        b_carried = tl.exp(maximum - b_running)  # [CHUNK]
+        b_carried = exponential(maximum - b_running)  # [CHUNK]
         b_values = load_tile(
             p_value, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, False
         ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
@@ -104,10 +116,11 @@ def _outputs(
         if i_value == 0:
             tl.store(p_running + o_vector + o_rows, b_running, mask=m_rows)
     b_denominator = tl.where(b_denominator == 0, 1.0, b_denominator)
+    b_reciprocal = 1.0 / b_denominator  # [CHUNK]
     if i_value == 0:
-        tl.store(p_denominators + o_vector + o_rows, b_denominator, mask=m_rows)
+        tl.store(p_reciprocals + o_vector + o_rows, b_reciprocal, mask=m_rows)
     o_output = (o_vector + o_rows)[:, None] * num_values + o_values[None, :]  # [CHUNK, BLOCK_VALUES]
-    b_output = b_numerator / b_denominator[:, None]
+    b_output = b_numerator / b_denominator[:, None] if PRECISION == "ieee" else b_numerator * b_reciprocal[:, None]
     tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), mask=m_rows[:, None] & m_values[None, :])
 
 
@@ -123,7 +136,7 @@ def outputs(
     found: tuple[Tensor, Tensor],
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Output `[B, H, N, V]` like the values, denominators and, if `causal`, running maxima `[B, H, N]`.
+    """Output `[B, H, N, V]` like the values, one by the denominators and, if `causal`, running maxima `[B, H, N]`.
 
     `states` are those before each chunk (`causal`) or the final ones; the rest is as in `states`.
     """
@@ -131,8 +144,8 @@ def outputs(
     num_features, num_values = states.key_value.shape[2:]
     config = choose_config(OUTPUTS, query.element_size() * 8, head_dim)
     output = query.new_empty(batch, heads, length, num_values)
-    denominators = query.new_empty(batch, heads, length, dtype=torch.float32)
-    running = torch.empty_like(denominators) if causal else denominators.new_empty(0)
+    reciprocals = query.new_empty(batch, heads, length, dtype=torch.float32)
+    running = torch.empty_like(reciprocals) if causal else reciprocals.new_empty(0)
     grid = (chunks.total * heads * triton.cdiv(num_values, config.blocks["BLOCK_VALUES"]),)
     if grid[0]:
         with device_guard(query):
@@ -145,7 +158,7 @@ def outputs(
                 *found,
                 *states,
                 output,
-                denominators,
+                reciprocals,
                 running,
                 *query.stride(),
                 *key.stride(),
@@ -157,13 +170,14 @@ def outputs(
                 HEAD=head_dim,
                 CAUSAL=causal,
                 HAS_MASK=mask is not None and causal,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 OPERAND=TRITON_DTYPES[operand_dtype(query.dtype)],
                 PRECISION=precision(query.dtype),
                 **chunks.of_each(),
                 **tensors.keywords(),
                 **config.keywords(),
             )
-    return output, denominators, running
+    return output, reciprocals, running
 
 
 def forward(
@@ -178,8 +192,8 @@ def forward(
 ) -> tuple[Tensor, LinearAttentionState, tuple[Tensor, ...]]:
     """Output, final state, and what the backward pass needs besides: five float32 tensors of one number for each row.
 
-    These are the queries' normalizers, the keys' normalizers and scales (empty for pointwise maps), denominators, and
-    running maxima (empty unless `causal`).
+    These are the queries' normalizers, the keys' normalizers and scales (empty for pointwise maps), one by the
+    denominators, and running maxima (empty unless `causal`).
     """
     tensors = MapTensors.of(feature_map, query)
     mask = None if mask is None else (mask != 0).contiguous()
@@ -190,10 +204,10 @@ def forward(
     found = normalizers(key, tensors, mask, is_key=True)
     end, kept = states(key, value, tensors, mask, state, of_keys, found, keep_states=causal)
     read = kept if causal else end
-    output, denominators, running = outputs(
+    output, reciprocals, running = outputs(
         query, key, value, tensors, mask, read, of_queries, query_normalizers, found, causal
     )
-    return output, end, (query_normalizers, *found, denominators, running)
+    return output, end, (query_normalizers, *found, reciprocals, running)
 
 
 def chunk_size(query: Tensor) -> int:

@@ -17,6 +17,7 @@ from ..launch_config import choose_config
 from .launch_plan import Chunks, MapTensors, operand_dtype, precision
 from .launch_table import ROW_PRODUCTS, STATE_GRADIENTS, VALUE_GRADIENTS
 from .triton_features import (
+    exponential,
     load_features,
     load_keep,
     load_scales,
@@ -25,6 +26,7 @@ from .triton_features import (
     locate_segment,
     to_operand,
     weigh,
+    within,
 )
 from .triton_segments import carry, in_segments, scales_behind
 from .triton_states import TRITON_DTYPES
@@ -78,15 +80,15 @@ def row_products(gradient: Tensor, output: Tensor) -> Tensor:
 # One segment is a case of its own to the compiler, without the arithmetic of several.
 @triton.jit(do_not_specialize=["per_segment"])
 def _state_gradients(
-    p_query, p_gradient, p_products, p_denominators, p_running, p_normalizers, p_maxima, p_start_scale, p_end_scale,
+    p_query, p_gradient, p_products, p_reciprocals, p_running, p_normalizers, p_maxima, p_start_scale, p_end_scale,
     p_end_state, p_end_sum, p_states, p_sums, p_start_state, p_start_sum,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_column,
     stride_gradient_batch, stride_gradient_head, stride_gradient_row, stride_gradient_column,
     p_high, p_low, p_bias, p_first, p_borders, length, chunks, segments, per_segment, heads, num_features, num_values,
     scale, epsilon, CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, CAUSAL: tl.constexpr, KEEP: tl.constexpr, PACKED: tl.constexpr,
-    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     value_tiles = tl.cdiv(num_values, BLOCK_VALUES)
@@ -100,7 +102,7 @@ def _state_gradients(
     )
     o_feature = i_feature * BLOCK_FEATURES
     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-    m_features = o_features < num_features
+    m_features = within(o_features, num_features, WHOLE)
     o_values = i_value * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     m_values = o_values < num_values
     o_state = o_features[:, None] * num_values + o_values[None, :]  # [BLOCK_FEATURES, BLOCK_VALUES]
@@ -118,7 +120,7 @@ def _state_gradients(
         i_chunk = num_chunks - 1 - i_step
         o_rows = o_start + i_chunk * CHUNK + tl.arange(0, CHUNK)
         m_rows = o_rows < o_end
-        b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
+        b_ratios = tl.load(p_reciprocals + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
         if CAUSAL:
             i_state = (i_first + i_chunk) * heads + i_head
             if KEEP:
@@ -128,16 +130,16 @@ def _state_gradients(
                     tl.store(p_sums + i_state * num_features + o_features, b_sum, mask=m_features)
             start = tl.load(p_maxima + i_state)
             b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
-            b_ratios *= tl.exp(start - b_running)
-            decay = tl.exp(start - maximum)
+            b_ratios *= exponential(start - b_running)
+            decay = exponential(start - maximum)
             b_state *= decay
             b_sum *= decay
             maximum = start
         b_ratios = tl.where(m_rows, b_ratios, 0.0)
         b_query = load_features(
             p_query, o_rows, m_rows, stride_query_row, stride_query_column, p_normalizers + o_vector, p_high, p_low,
-            p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, True, FUNCTION,
-            HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, True, WHOLE,
+            FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
         )  # fmt: skip
         b_query = b_query * b_ratios[None, :]  # [BLOCK_FEATURES, CHUNK]
         b_gradient = load_tile(
@@ -151,7 +153,7 @@ def _state_gradients(
         tl.store(p_states + i_end * state_size + o_state, to_operand(b_state, OPERAND, PRECISION), mask=m_state)
         if i_value == 0:
             tl.store(p_sums + i_end * num_features + o_features, b_sum, mask=m_features)
-        decay = tl.exp(tl.load(p_start_scale + i_end) - maximum)
+        decay = exponential(tl.load(p_start_scale + i_end) - maximum)
         b_state *= decay
         b_sum *= decay
     tl.store(p_start_state + i_end * state_size + o_state, b_state, mask=m_state)
@@ -172,8 +174,8 @@ def state_gradients(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
     """Gradients of the sums after each chunk (`[total, H, …]`, or at the end alone), and of the initial sums.
 
-    `rows` are the queries' row products, denominators, running maxima and normalizers; `maxima` those before each
-    chunk; `scales` of the initial and the final state; `of_end` the gradients of the final sums.
+    `rows` are the queries' row products, reciprocals of the denominators, running maxima and normalizers; `maxima`
+    those before each chunk; `scales` of the initial and the final state; `of_end` the gradients of the final sums.
     """
     heads, num_features, num_values = of_end[0].shape[1:]
     config = choose_config(STATE_GRADIENTS, query.element_size() * 8, query.shape[-1])
@@ -231,6 +233,7 @@ def _walk(of_end, scales, chunks, query, gradient, tensors, rows, maxima, config
                 HEAD=query.shape[-1],
                 CAUSAL=causal,
                 KEEP=keep,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 OPERAND=TRITON_DTYPES[operand],
                 PRECISION=precision(query.dtype),
                 **chunks.of_sequences(),
@@ -242,7 +245,7 @@ def _walk(of_end, scales, chunks, query, gradient, tensors, rows, maxima, config
 
 @triton.jit
 def _value_gradients(
-    p_query, p_key, p_gradient, p_mask, p_denominators, p_running, p_query_normalizers, p_key_normalizers, p_scales,
+    p_query, p_key, p_gradient, p_mask, p_reciprocals, p_running, p_query_normalizers, p_key_normalizers, p_scales,
     p_end_scale, p_states, p_gradient_value,
     stride_query_batch, stride_query_head, stride_query_row, stride_query_column,
     stride_key_batch, stride_key_head, stride_key_row, stride_key_column,
@@ -250,8 +253,8 @@ def _value_gradients(
     p_high, p_low, p_bias, p_table, length, chunks, heads, num_features, num_values, scale, epsilon,
     CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, CAUSAL: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     value_tiles = tl.cdiv(num_values, BLOCK_VALUES)
@@ -282,29 +285,29 @@ def _value_gradients(
     for o_feature in range(0, num_features, BLOCK_FEATURES):
         b_key = load_features(
             p_key, o_rows, m_keep, stride_key_row, stride_key_column, p_key_normalizers + o_vector, p_high, p_low,
-            p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, FUNCTION,
-            HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, WHOLE,
+            FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
         )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
         b_key = to_operand(b_key, OPERAND, PRECISION)
         o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
         b_state = load_tile(
-            p_states, o_features, o_features < num_features, o_values, m_values, num_values, 1, False
+            p_states, o_features, within(o_features, num_features, WHOLE), o_values, m_values, num_values, 1, False
         )  # [BLOCK_FEATURES, BLOCK_VALUES]
         b_gradient_value = tl.dot(b_key, b_state, b_gradient_value, input_precision=PRECISION)
         if CAUSAL:
             b_query = load_features(
                 p_query, o_rows, m_rows, stride_query_row, stride_query_column, p_query_normalizers + o_vector,
                 p_high, p_low, p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD,
-                BLOCK_FEATURES, True, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+                BLOCK_FEATURES, True, WHOLE, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
             )  # fmt: skip  # [BLOCK_FEATURES, CHUNK]
             b_query = to_operand(b_query, OPERAND, PRECISION)
             b_weights = tl.dot(b_key, b_query, b_weights, input_precision=PRECISION)
 
-    b_to_end = tl.where(m_keep, tl.exp(b_scales - maximum), 0.0)  # [CHUNK]
+    b_to_end = tl.where(m_keep, exponential(b_scales - maximum), 0.0)  # [CHUNK]
     b_gradient_value *= b_to_end[:, None]
     if CAUSAL:
         b_running = tl.load(p_running + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
-        b_ratios = 1.0 / tl.load(p_denominators + o_vector + o_rows, mask=m_rows, other=1.0)  # [CHUNK]
+        b_ratios = tl.load(p_reciprocals + o_vector + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
         o_place = tl.arange(0, CHUNK)
         m_visible = (o_place[:, None] <= o_place[None, :]) & m_keep[:, None] & m_rows[None, :]  # [key, query]
         b_weights = weigh(b_weights, b_scales[:, None], b_running[None, :], m_visible, FUNCTION) * b_ratios[None, :]
@@ -334,8 +337,8 @@ def value_gradients(
 ) -> Tensor:
     """Gradient of the values, `[B, H, K, V]` contiguous in the dtype of `key`.
 
-    `rows` are the queries' denominators, running maxima and normalizers; `found` the keys' normalizers and scales;
-    `states` the gradients of the state after each chunk.
+    `rows` are the reciprocals of the queries' denominators, running maxima and normalizers; `found` the keys'
+    normalizers and scales; `states` the gradients of the state after each chunk.
     """
     batch, heads, length, head_dim = key.shape
     num_features, num_values = states.shape[2:]
@@ -364,6 +367,7 @@ def value_gradients(
                 HEAD=head_dim,
                 CAUSAL=causal,
                 HAS_MASK=mask is not None,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 OPERAND=TRITON_DTYPES[operand_dtype(key.dtype)],
                 PRECISION=precision(key.dtype),
                 **chunks.of_each(),

@@ -20,6 +20,8 @@ from .launch_table import NORMALIZERS, STATES
 from .state import LinearAttentionState
 from .triton_features import (
     EMPTY,
+    exponential,
+    exponential_of_difference,
     load_features,
     load_keep,
     load_logits,
@@ -27,6 +29,7 @@ from .triton_features import (
     load_tile,
     locate_segment,
     to_operand,
+    within,
 )
 from .triton_segments import carry_states, empty_segments, in_segments
 
@@ -46,8 +49,8 @@ def _normalizers(
     p_rows, p_mask, p_normalizers, p_scales, stride_batch, stride_head, stride_row, stride_column, stride_mask,
     p_high, p_low, p_bias, length, heads, num_features, scale, epsilon, norm_factor, CHUNK: tl.constexpr,
     HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr, IS_KEY: tl.constexpr,
-    SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr,
-    HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
+    SUBTRACT_NORM: tl.constexpr, HAS_MASK: tl.constexpr, WHOLE: tl.constexpr, FUNCTION: tl.constexpr,
+    HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     chunks = tl.cdiv(length, CHUNK)
@@ -65,12 +68,13 @@ def _normalizers(
     for o_feature in range(0, num_features, BLOCK_FEATURES):
         b_logits = load_logits(
             p_rows, o_rows, m_keep, stride_row, stride_column, p_high, p_low, p_bias, o_feature, num_features,
-            scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            scale, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, False, WHOLE, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
         )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
-        m_features = o_feature + tl.arange(0, BLOCK_FEATURES) < num_features
+        m_features = within(o_feature + tl.arange(0, BLOCK_FEATURES), num_features, WHOLE)
         b_logits = tl.where(m_features[None, :], b_logits, float("-inf"))
         b_new = tl.maximum(b_maximum, tl.max(b_logits, axis=1))  # [CHUNK]
-        b_total = b_total * tl.exp(b_maximum - b_new) + tl.sum(tl.exp(b_logits - b_new[:, None]), axis=1)
+        b_exponentials = exponential_of_difference(b_logits, b_new[:, None], not SPLIT)  # [CHUNK, BLOCK_FEATURES]
+        b_total = b_total * exponential(b_maximum - b_new) + tl.sum(b_exponentials, axis=1)
         b_maximum = b_new
     b_normalizer = b_maximum + tl.log(b_total)  # [CHUNK]
     tl.store(p_normalizers + o_out + o_rows, b_normalizer, mask=m_rows)
@@ -95,6 +99,7 @@ def normalizers(rows: Tensor, tensors: MapTensors, mask: Tensor | None, is_key: 
     if tensors.function != EXPONENTIAL:
         return rows.new_empty(0, dtype=torch.float32), rows.new_empty(0, dtype=torch.float32)
     batch, heads, length, head_dim = rows.shape
+    num_features = tensors.high.shape[0]
     config = choose_config(NORMALIZERS, rows.element_size() * 8, head_dim)
     found = rows.new_empty(batch, heads, length, dtype=torch.float32)
     scales = torch.empty_like(found) if is_key else found.new_empty(0)
@@ -110,12 +115,13 @@ def normalizers(rows: Tensor, tensors: MapTensors, mask: Tensor | None, is_key: 
                 0 if mask is None else mask.stride(0),
                 length=length,
                 heads=heads,
-                num_features=tensors.high.shape[0],
+                num_features=num_features,
                 HEAD=head_dim,
                 norm_factor=0.5 * tensors.scale**2,
                 IS_KEY=is_key,
                 SUBTRACT_NORM=tensors.subtract_norm,
                 HAS_MASK=mask is not None,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 PRECISION=precision(rows.dtype),
                 **tensors.keywords(),
                 **config.keywords(),
@@ -132,8 +138,8 @@ def _states(
     p_high, p_low, p_bias, p_first, p_borders, length, chunks, segments, per_segment, heads, num_features, num_values,
     scale, epsilon, CHUNK: tl.constexpr, HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
     BLOCK_VALUES: tl.constexpr, KEEP_STATES: tl.constexpr, HAS_MASK: tl.constexpr, PACKED: tl.constexpr,
-    FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr, SPLIT: tl.constexpr,
-    OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr, FUNCTION: tl.constexpr, HAS_PROJECTION: tl.constexpr, HAS_BIAS: tl.constexpr,
+    SPLIT: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
     i_program = tl.program_id(0)
     value_tiles = tl.cdiv(num_values, BLOCK_VALUES)
@@ -147,7 +153,7 @@ def _states(
     )
     o_feature = i_feature * BLOCK_FEATURES
     o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-    m_features = o_features < num_features
+    m_features = within(o_features, num_features, WHOLE)
     o_values = i_value * BLOCK_VALUES + tl.arange(0, BLOCK_VALUES)
     m_values = o_values < num_values
     o_state = o_features[:, None] * num_values + o_values[None, :]  # [BLOCK_FEATURES, BLOCK_VALUES]
@@ -173,20 +179,25 @@ def _states(
                     tl.store(p_maxima + i_state, maximum)
         b_scales = load_scales(p_scales + o_vector, o_rows, m_keep, FUNCTION)  # [CHUNK]
         new_maximum = tl.maximum(maximum, tl.max(b_scales, axis=0))
-        b_weights = tl.where(m_keep, tl.exp(b_scales - new_maximum), 0.0)  # [CHUNK]
+        b_weights = tl.where(m_keep, exponential(b_scales - new_maximum), 0.0)  # [CHUNK]
         b_features = load_features(
             p_key, o_rows, m_keep, stride_key_row, stride_key_column, p_normalizers + o_vector, p_high, p_low,
             p_bias, o_feature, num_features, scale, epsilon, HEAD, CHUNK, BLOCK_HEAD, BLOCK_FEATURES, True,
-            FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
+            WHOLE, FUNCTION, HAS_PROJECTION, HAS_BIAS, SPLIT, PRECISION,
         )  # fmt: skip  # [BLOCK_FEATURES, CHUNK]
         b_features = to_operand(b_features * b_weights[None, :], OPERAND, PRECISION)
         b_values = load_tile(
             p_value, o_rows, m_keep, o_values, m_values, stride_value_row, stride_value_column, False
         ).to(OPERAND)  # [CHUNK, BLOCK_VALUES]
-        decay = tl.exp(maximum - new_maximum)
+        decay = exponential(maximum - new_maximum)
         b_state = b_state * decay + tl.dot(b_features, b_values, input_precision=PRECISION)
         # Of the rounded features, as the state: weights sum to one to the last digit.
-        b_sum = b_sum * decay + tl.sum(b_features.to(tl.float32), axis=1)
+        if b_features.dtype == tl.bfloat16:  # by a product, which has room to spare: its columns are the same sum
+            b_ones = tl.full([CHUNK, 16], 1.0, dtype=OPERAND)
+            b_added = tl.max(tl.dot(b_features, b_ones, input_precision=PRECISION), axis=1)  # [BLOCK_FEATURES]
+        else:
+            b_added = tl.sum(b_features.to(tl.float32), axis=1)
+        b_sum = b_sum * decay + b_added
         maximum = new_maximum
 
     tl.store(p_end_state + i_end * state_size + o_state, b_state, mask=m_state)
@@ -258,6 +269,7 @@ def _walk(start, key, value, tensors, mask, chunks, found, config, tiles, keep_s
                 HEAD=key.shape[-1],
                 KEEP_STATES=keep_states,
                 HAS_MASK=mask is not None,
+                WHOLE=num_features % config.blocks["BLOCK_FEATURES"] == 0,
                 OPERAND=TRITON_DTYPES[operand],
                 PRECISION=precision(key.dtype),
                 **chunks.of_sequences(),
