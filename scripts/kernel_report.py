@@ -7,8 +7,8 @@
     make kernels                                                                   writes these tables
 
 One row per compiled kernel: registers per thread, bytes spilled per thread, shared memory per program, the matrix
-instruction found, and how many instructions its innermost loops have (NVIDIA only). Ends with status 1 if a kernel does not compile, needs more shared memory than its target has, or
-spills in a hot configuration.
+instruction found, and how many instructions its innermost loops have (NVIDIA only). Ends with status 1 if a kernel
+does not compile, needs more shared memory than its target has, or spills in a hot configuration.
 
 One operation for one target took up to 705 s on a core of an EPYC, so what the compiler said is kept in tables
 (`known_kernels.py`): with `--known` a kernel whose content stands there is not compiled again, but for those of the

@@ -81,7 +81,7 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
 
 
 def resources(kernel) -> Resources:
-    """Reads registers, spills, shared memory, matrix instructions and loops from a compiled kernel, or what is known."""
+    """Reads what a compiled kernel takes, and how long its loops are; or says what is known of it."""
     if isinstance(kernel, KnownKernel):
         return kernel.resources
     read = _from_cubin if "cubin" in kernel.asm else _from_amdgcn

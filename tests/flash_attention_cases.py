@@ -69,6 +69,7 @@ COMBINATIONS = {
     "causal lengths": ("causal", "lengths"),
     "causal key lengths alibi": ("causal", "key lengths", "alibi"),
     "decoder": ("causal", "mask", "alibi", "distance bias", "softcap", "memory", "sinks"),
+    "alibi decoder": ("causal", "mask", "alibi", "distance bias", "memory", "sinks"),
     "decoder with dropout": ("causal", "window", "distance bias", "softcap", "memory", "sinks", "dropout"),
     "encoder": ("window ahead", "lengths", "alibi per row", "wide distance bias", "softcap", "memory per row"),
     "encoder with dropout": ("mask", "shared distance bias", "sinks", "dropout"),

@@ -64,6 +64,14 @@ def test_half_precision(combination, nan_poisoned):
     assert_equals_the_definition(call_of(combination, 20, 36, torch.float16))
 
 
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("combination", ["causal alibi", "causal key lengths alibi", "alibi decoder"])
+def test_alibi_in_half_precision(combination, sign, nan_poisoned):
+    """It is a line along the keys there, in tiles that rows see whole: several, so that the line goes on."""
+    call = call_of(combination, 36, 60, torch.float16)
+    assert_equals_the_definition(call | {"alibi_slopes": sign * call["alibi_slopes"]})
+
+
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (20, 1), (16, 32), (17, 0)], ids=str)
 @pytest.mark.parametrize("combination", ["causal window distance bias", "memory"])
 def test_lengths(combination, sizes, nan_poisoned):
@@ -89,10 +97,21 @@ def test_head_sizes(sizes, nan_poisoned):
     assert_equals_the_definition({"query": query, "key": key, "value": value, "causal": True})
 
 
-def test_scale_of_either_sign():
-    call = call_of("softcap", 20, 20)
+@pytest.mark.parametrize("combination", ["softcap", "plain"])
+def test_scale_of_either_sign(combination):
+    call = call_of(combination, 20, 20)
     for scale in (-0.8, 5.0):
         assert_equals_the_definition(call | {"scale": scale})
+
+
+def test_a_negative_scale_is_that_of_negative_queries():
+    """With logits of hundreds, of which the largest belongs to the smallest product."""
+    call = call_of("plain", 20, 40)
+    call["key"] = call["key"] * 100
+    output, lse = kernels(call | {"scale": -1.0})
+    expected, expected_lse = kernels(call | {"query": -call["query"], "scale": 1.0})
+    torch.testing.assert_close(output, expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(lse, expected_lse, rtol=1e-5, atol=0)
 
 
 def test_large_and_small_logits():

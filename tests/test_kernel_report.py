@@ -7,6 +7,7 @@ import re
 
 import pytest
 from helpers import ROOT, run_python
+from load_script import load_script
 
 
 OPERATIONS = sorted(path.stem.removeprefix("kernel_cases_") for path in (ROOT / "scripts").glob("kernel_cases_*.py"))
@@ -168,10 +169,39 @@ def test_the_tables_are_of_both_ends_of_the_range():
     assert f"--triton {OLDEST_TRITON} " in (ROOT / "Makefile").read_text()
 
 
+LISTING = """
+	Function : product
+        /*0000*/                   LDC R1, c[0x0][0x28] ;               /* 0x00000a00ff017b82 */
+                                                                        /* 0x000fe20000000800 */
+        /*0010*/                   MOV R2, RZ ;                         /* 0x000000ff00027202 */
+        /*0020*/                   MOV R3, RZ ;                         /* 0x000000ff00037202 */
+        /*0030*/                   FADD R3, R3, R2 ;                    /* 0x0000000203037221 */
+        /*0040*/              @!P1 BRA 0x30 ;                           /* 0xfffffffc00f89947 */
+        /*0050*/               @P2 BRA 0x20 ;                           /* 0xfffffffc00f0a947 */
+        /*0060*/                   FADD R3, R3, R2 ;                    /* 0x0000000203037221 */
+        /*0070*/               @P0 BRA 0x60 ;                           /* 0xfffffffc00f80947 */
+        /*0080*/                   FMUL R3, R3, R2 ;                    /* 0x0000000203037220 */
+        /*0090*/             @P0 BRA P1, 0x60 ;                         /* 0xfffffffc00f00947 */
+        /*00a0*/               @P0 BRA 0xc0 ;                           /* 0x0000000000080947 */
+        /*00b0*/                   EXIT ;                               /* 0x000000000000794d */
+        /*00c0*/                   BRA 0xc0;                            /* 0xfffffffc00fc7947 */
+        /*00d0*/                   NOP;                                 /* 0x0000000000007918 */
+"""
+
+
+def test_the_loops_of_a_listing():
+    """The inner one of two, and one with two ways back; neither a branch ahead nor the place that a kernel ends at."""
+    assert load_script("offline_compiler").innermost_loops(LISTING) == [2, 4]
+    assert load_script("offline_compiler").innermost_loops("") == []
+
+
 @pytest.mark.slow
 def test_every_kernel_compiles_and_fits(tmp_path):
     found = report(tmp_path, NEWEST_TABLE, "--targets", *TARGETS)
     assert all(int(row["registers"]) > 0 for row in found)
+    products = [row for row in found if row["matrix_instruction"] and row["target"] != "gfx942"]
+    assert all(int(count) > 10 for row in products for count in row["loops"].split())
+    assert sum(bool(row["loops"]) for row in products) > 0.9 * len(products)
     for operation, target in itertools.product(OPERATIONS, TARGETS):
         kind = operation, target, "True"
         hot = [row for row in found if (row["operation"], row["target"], row["hot"]) == kind]

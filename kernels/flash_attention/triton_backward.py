@@ -66,7 +66,8 @@ def flash_attention_backward_prepare_kernel(
     """Grid: row blocks · heads · batch. Writes delta and the log-sum-exp as the other kernels need it, `[B, H, N]`.
 
     `delta = Σ output · grad_output - grad_lse` is what the softmax subtracts. `p_row_lse` is in the kernels' base, and
-    +inf for rows that saw nothing, whose weights so become 0. `p_grad_sinks` `[B, H, row blocks]`: the blocks' parts.
+    +inf for rows that saw nothing, whose weights so become 0. `p_grad_sinks` `[B, H, row blocks]` float64:
+    the blocks' parts.
     """
     PRECISE: tl.constexpr = output.data.dtype.element_ty == tl.float32
     i_program = tl.program_id(0)
@@ -90,7 +91,8 @@ def flash_attention_backward_prepare_kernel(
     if p_grad_sinks is not None:
         sink = tl.load(modifiers.sinks + i_head).to(tl.float32)
         b_weight = tl.where(m_seen, tl.exp(sink - b_lse), 0.0)  # [BLOCK_M]
-        tl.store(p_grad_sinks + i_program, -tl.sum(b_weight * b_delta, 0))
+        # Terms of either sign from all rows end in one number: in float64 their sum adds nothing to their own errors.
+        tl.store(p_grad_sinks + i_program, -tl.sum(b_weight.to(tl.float64) * b_delta.to(tl.float64), 0))
 
 
 @triton.jit
@@ -100,7 +102,8 @@ def _visit_keys(
     b_grad_output,  # [BLOCK_M, BLOCK_V]
     b_lse,  # [BLOCK_M]
     b_delta,  # [BLOCK_M]
-    i_position,  # [BLOCK_M]
+    first_position,
+    i_position,  # [BLOCK_M], from `first_position` on
     b_row_hash,  # [BLOCK_M]
     p_key,
     p_value,
@@ -126,12 +129,17 @@ def _visit_keys(
     """Adds what the keys of the ranges give to the gradient of the rows. Flags as in the forward pass."""
     KEY_MASK: tl.constexpr = modifiers.key_mask is not None and not MEMORY
     PRECISE: tl.constexpr = b_query.dtype == tl.float32
+    LINE: tl.constexpr = modifiers.line is not None and not CUT
+    if LINE:
+        b_ramp = slope * tl.arange(0, BLOCK_N).to(tl.float32)  # [BLOCK_N]
+        b_lse += slope * (i_position - first_position).to(tl.float32)
     if FAR:
         bias_before = in_base(tl.load(p_bias - modifiers.radius).to(tl.float32), PRECISE)
         bias_behind = in_base(tl.load(p_bias + modifiers.radius).to(tl.float32), PRECISE)
     one, two, num_tiles = count_tiles(ranges, BLOCK_N)
     for i_tile in tl.range(0, num_tiles):
-        i_key = tile_start(i_tile, ranges, one, two, BLOCK_N) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        first_key = tile_start(i_tile, ranges, one, two, BLOCK_N)
+        i_key = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         m_key = i_key < length  # [BLOCK_N]
         if KEY_MASK:
             m_key = m_key & (tl.load(p_mask + i_key, mask=m_key, other=0) != 0)
@@ -139,8 +147,9 @@ def _visit_keys(
         b_products = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         i_distance = i_key[None, :] - i_position[:, None]  # [BLOCK_M, BLOCK_N]
         far_bias = tl.where(i_tile < one, bias_before, bias_behind) if FAR else 0.0
+        b_line = (b_ramp + slope * (first_key - first_position).to(tl.float32))[None, :] if LINE else 0.0
         b_logits, b_tanh = tile_logits(
-            b_products, i_distance, far_bias, modifiers, slope, p_bias, MEMORY, FAR, PRECISE
+            b_products, i_distance, far_bias, modifiers, slope, b_line, p_bias, MEMORY, FAR, LINE, PRECISE
         )
         if CUT and not MEMORY:
             b_logits = tl.where(m_key[None, :] & in_view(i_distance, modifiers), b_logits, float("-inf"))
@@ -208,6 +217,7 @@ def flash_attention_backward_query_kernel(
     b_delta = tl.load(p_delta + o_row, mask=m_query, other=0.0)  # [BLOCK_M]
     b_row_hash = dropout_row_hash(modifiers, i_batch * num_heads + i_head, i_query)  # [BLOCK_M]
     slope, p_bias = head_biases(modifiers, i_batch, i_head, PRECISE)
+    first_position = first_row + offset
     i_position = i_query + offset  # [BLOCK_M]
     i_key_head = i_head // GROUP
     b_grad = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -216,9 +226,9 @@ def flash_attention_backward_query_kernel(
         p_memory_key = head_pointer(memory_key, i_batch, i_key_head)
         p_memory_value = head_pointer(memory_value, i_batch, i_key_head)
         b_grad = _visit_keys(
-            b_grad, b_query, b_grad_output, b_lse, b_delta, i_position, b_row_hash, p_memory_key, p_memory_value,
-            memory_key.row_stride, memory_value.row_stride, 0, (0, num_memory, 0, 0, 0, 0), num_memory, 0, slope,
-            p_bias, modifiers, D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, True, True, False,
+            b_grad, b_query, b_grad_output, b_lse, b_delta, first_position, i_position, b_row_hash, p_memory_key,
+            p_memory_value, memory_key.row_stride, memory_value.row_stride, 0, (0, num_memory, 0, 0, 0, 0),
+            num_memory, 0, slope, p_bias, modifiers, D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, True, True, False,
         )  # fmt: skip
 
     p_key = head_pointer(key, i_batch, i_key_head)
@@ -227,7 +237,7 @@ def flash_attention_backward_query_kernel(
     if modifiers.key_mask is not None:
         p_mask = modifiers.key_mask + i_batch.to(tl.int64) * modifiers.mask_stride
     start, full_start, full_end, end = span(
-        first_row + offset, last_row + offset, modifiers.left, modifiers.right, counted_keys, BLOCK_N
+        first_position, last_row + offset, modifiers.left, modifiers.right, counted_keys, BLOCK_N
     )
     if modifiers.query_lengths is not None:
         full_end = tl.where(last_row < first_row, full_start, full_end)
@@ -235,18 +245,18 @@ def flash_attention_backward_query_kernel(
     near_start, near_end = full_start, full_start
     if modifiers.distance_bias is not None:
         near_start, near_end = near_span(
-            first_row + offset, last_row + offset, full_start, full_end, modifiers.radius, BLOCK_N
+            first_position, last_row + offset, full_start, full_end, modifiers.radius, BLOCK_N
         )
     cut = (start, tl.minimum(full_start, end), near_start, near_end, full_end, end)
     b_grad = _visit_keys(
-        b_grad, b_query, b_grad_output, b_lse, b_delta, i_position, b_row_hash, p_key, p_value, key.row_stride,
-        value.row_stride, p_mask, cut, counted_keys, num_memory, slope, p_bias, modifiers,
+        b_grad, b_query, b_grad_output, b_lse, b_delta, first_position, i_position, b_row_hash, p_key, p_value,
+        key.row_stride, value.row_stride, p_mask, cut, counted_keys, num_memory, slope, p_bias, modifiers,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, True, False, False,
     )  # fmt: skip
     whole = (full_start, near_start, near_end, full_end, 0, 0)
     b_grad = _visit_keys(
-        b_grad, b_query, b_grad_output, b_lse, b_delta, i_position, b_row_hash, p_key, p_value, key.row_stride,
-        value.row_stride, p_mask, whole, counted_keys, num_memory, slope, p_bias, modifiers,
+        b_grad, b_query, b_grad_output, b_lse, b_delta, first_position, i_position, b_row_hash, p_key, p_value,
+        key.row_stride, value.row_stride, p_mask, whole, counted_keys, num_memory, slope, p_bias, modifiers,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, False, False, modifiers.distance_bias is not None,
     )  # fmt: skip
     p_grad_query = head_pointer(grad_query, i_batch, i_head)
@@ -287,7 +297,7 @@ def _prepare(operands, bent, output, lse, grad_output, grad_lse):
     config = choose_config(BACKWARD_PREPARE, 8 * output.element_size(), value_size)
     blocks = triton.cdiv(num_queries, config.blocks["BLOCK_M"])
     row_lse, delta = torch.empty_like(lse), torch.empty_like(lse)
-    parts = None if bent.sinks is None else lse.new_empty(batch, heads, blocks)
+    parts = None if bent.sinks is None else lse.new_empty(batch, heads, blocks, dtype=torch.float64)
     if lse.numel():
         flash_attention_backward_prepare_kernel[(blocks * heads * batch,)](
             rows(output),

@@ -102,7 +102,9 @@ def flash_attention_backward_distance_kernel(
         b_query = load_rows(p_query, query.row_stride, i_query, m_query, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
         b_key = load_rows(p_key, key.row_stride, i_key, m_key, D, BLOCK_D, True)  # [BLOCK_N, BLOCK_D]
         b_products = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
-        b_logits, b_tanh = tile_logits(b_products, i_distance, 0.0, modifiers, slope, p_bias, False, False, PRECISE)
+        b_logits, b_tanh = tile_logits(
+            b_products, i_distance, 0.0, modifiers, slope, 0.0, p_bias, False, False, False, PRECISE
+        )
         b_logits = tl.where(m_view & m_key[None, :], b_logits, float("-inf"))
         b_lse = tl.load(p_row_lse + o_row + i_query, mask=m_query, other=float("inf"))  # [BLOCK_M]
         b_delta = tl.load(p_delta + o_row + i_query, mask=m_query, other=0.0)  # [BLOCK_M]

@@ -52,7 +52,8 @@ def _visit_rows(
     state,  # gradients of the keys [BLOCK_N, BLOCK_D] and of the values [BLOCK_N, BLOCK_V], float32
     b_key,  # [BLOCK_N, BLOCK_D]
     b_value,  # [BLOCK_N, BLOCK_V]
-    i_key,  # [BLOCK_N]
+    first_key,
+    i_key,  # [BLOCK_N], from `first_key` on
     query,
     grad_output,
     p_row_lse,
@@ -82,6 +83,7 @@ def _visit_rows(
     Keys that do not count are not masked here: each has its own row of the gradients, which is zeroed at the end.
     """
     PRECISE: tl.constexpr = b_key.dtype == tl.float32
+    LINE: tl.constexpr = modifiers.line is not None and not CUT and not MEMORY
     b_grad_key, b_grad_value = state
     one, two, num_tiles = count_tiles(ranges, BLOCK_M)
     # One loop over the heads and their tiles: a loop in a loop takes more registers.
@@ -92,7 +94,8 @@ def _visit_rows(
         p_query, p_grad_output = head_pointer(query, i_batch, i_head), head_pointer(grad_output, i_batch, i_head)
         o_head = i_batch_head.to(tl.int64) * num_queries
         slope, p_bias = head_biases(modifiers, i_batch, i_head, PRECISE)
-        i_query = tile_start(i_tile, ranges, one, two, BLOCK_M) + tl.arange(0, BLOCK_M)  # [BLOCK_M]
+        first_row = tile_start(i_tile, ranges, one, two, BLOCK_M)
+        i_query = first_row + tl.arange(0, BLOCK_M)  # [BLOCK_M]
         m_query = i_query < length  # [BLOCK_M]
         b_query = load_rows(p_query, query.row_stride, i_query, m_query, D, BLOCK_D, CUT)  # [BLOCK_M, BLOCK_D]
         if CUT:
@@ -108,8 +111,12 @@ def _visit_rows(
             # Rows of the first range stand before the keys: they see them behind themselves.
             p_end = p_bias + tl.where(i_tile < one, modifiers.radius, -modifiers.radius)
             far_bias = in_base(tl.load(p_end).to(tl.float32), PRECISE)
+        b_line = (slope * (i_key - first_key).to(tl.float32))[:, None] if LINE else 0.0
+        if LINE:
+            b_rows = tl.arange(0, BLOCK_M).to(tl.float32) + (first_row + offset - first_key).to(tl.float32)
+            b_lse += slope * b_rows
         b_logits, b_tanh = tile_logits(
-            b_products, i_distance, far_bias, modifiers, slope, p_bias, MEMORY, FAR, PRECISE
+            b_products, i_distance, far_bias, modifiers, slope, b_line, p_bias, MEMORY, FAR, LINE, PRECISE
         )
         if CUT and not MEMORY:
             b_logits = tl.where(in_view(i_distance, modifiers), b_logits, float("-inf"))
@@ -210,13 +217,13 @@ def flash_attention_backward_keys_kernel(
 
     num_heads = num_key_heads * GROUP
     state = _visit_rows(
-        state, b_key, b_value, i_key, query, grad_output, p_row_lse, p_delta, cut, counted_queries, offset, i_batch,
-        i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
+        state, b_key, b_value, first_key, i_key, query, grad_output, p_row_lse, p_delta, cut, counted_queries, offset,
+        i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_M, True, MEMORY, False,
     )  # fmt: skip
     b_grad_key, b_grad_value = _visit_rows(
-        state, b_key, b_value, i_key, query, grad_output, p_row_lse, p_delta, whole, counted_queries, offset, i_batch,
-        i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
+        state, b_key, b_value, first_key, i_key, query, grad_output, p_row_lse, p_delta, whole, counted_queries,
+        offset, i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_M, False, MEMORY, modifiers.distance_bias is not None and not MEMORY,
     )  # fmt: skip
 

@@ -49,7 +49,8 @@ except ImportError as error:
 def _visit_keys(
     state,  # output [BLOCK_M, BLOCK_V] not yet divided by the sum, maximum [BLOCK_M], sum [BLOCK_M]: all float32
     b_query,  # [BLOCK_M, BLOCK_D]
-    i_position,  # [BLOCK_M]
+    first_position,
+    i_position,  # [BLOCK_M], from `first_position` on
     b_row_hash,  # [BLOCK_M]
     p_key,
     p_value,
@@ -78,13 +79,30 @@ def _visit_keys(
     """
     KEY_MASK: tl.constexpr = modifiers.key_mask is not None and not MEMORY
     PRECISE: tl.constexpr = b_query.dtype == tl.float32
+    LINE: tl.constexpr = modifiers.line is not None and not CUT
+    # Nothing is added to a product and nothing hides one: the largest logit is that of the largest product. With a
+    # window before the rows that code spills on sm_90.
+    BARE: tl.constexpr = (
+        not CUT
+        and not KEY_MASK
+        and modifiers.positive is not None
+        and modifiers.left is None
+        and modifiers.alibi_slopes is None
+        and modifiers.distance_bias is None
+        and modifiers.softcap is None
+    )
     b_output, b_maximum, b_sum = state
+    if LINE:
+        b_ramp = slope * tl.arange(0, BLOCK_N).to(tl.float32)  # [BLOCK_N]
+        b_shift = slope * (i_position - first_position).to(tl.float32)  # [BLOCK_M]
+        b_maximum += b_shift
     if FAR:
         bias_before = in_base(tl.load(p_bias - modifiers.radius).to(tl.float32), PRECISE)
         bias_behind = in_base(tl.load(p_bias + modifiers.radius).to(tl.float32), PRECISE)
     one, two, num_tiles = count_tiles(ranges, BLOCK_N)
     for i_tile in tl.range(0, num_tiles):
-        i_key = tile_start(i_tile, ranges, one, two, BLOCK_N) + tl.arange(0, BLOCK_N)  # [BLOCK_N]
+        first_key = tile_start(i_tile, ranges, one, two, BLOCK_N)
+        i_key = first_key + tl.arange(0, BLOCK_N)  # [BLOCK_N]
         m_key = i_key < length  # [BLOCK_N]
         if KEY_MASK:
             m_key = m_key & (tl.load(p_mask + i_key, mask=m_key, other=0) != 0)
@@ -93,12 +111,16 @@ def _visit_keys(
         b_products = tl.dot(b_query, tl.trans(b_key), input_precision=PRECISION)  # [BLOCK_M, BLOCK_N]
         i_distance = i_key[None, :] - i_position[:, None]  # [BLOCK_M, BLOCK_N]
         far_bias = tl.where(i_tile < one, bias_before, bias_behind) if FAR else 0.0
-        b_logits, _ = tile_logits(b_products, i_distance, far_bias, modifiers, slope, p_bias, MEMORY, FAR, PRECISE)
+        b_line = (b_ramp + slope * (first_key - first_position).to(tl.float32))[None, :] if LINE else 0.0
+        b_logits, _ = tile_logits(
+            b_products, i_distance, far_bias, modifiers, slope, b_line, p_bias, MEMORY, FAR, LINE, PRECISE
+        )
         if CUT and not MEMORY:
             b_logits = tl.where(m_key[None, :] & in_view(i_distance, modifiers), b_logits, float("-inf"))
         elif CUT or KEY_MASK:
             b_logits = tl.where(m_key[None, :], b_logits, float("-inf"))
-        b_new_maximum = tl.maximum(b_maximum, tl.max(b_logits, 1))  # [BLOCK_M]
+        b_tile_maximum = tl.max(b_products, 1) * in_base(modifiers.scale, PRECISE) if BARE else tl.max(b_logits, 1)
+        b_new_maximum = tl.maximum(b_maximum, b_tile_maximum)  # [BLOCK_M]
         b_rescale = exponential(b_maximum - b_new_maximum, PRECISE)  # [BLOCK_M]
         b_weights = exponential(b_logits - b_new_maximum[:, None], PRECISE)  # [BLOCK_M, BLOCK_N]
         b_sum = b_sum * b_rescale + tl.sum(b_weights, 1)
@@ -109,6 +131,8 @@ def _visit_keys(
         b_output = tl.dot(
             b_weights.to(b_value.dtype), b_value, b_output * b_rescale[:, None], input_precision=PRECISION
         )  # [BLOCK_M, BLOCK_V]
+    if LINE:
+        b_maximum -= b_shift
     return b_output, b_maximum, b_sum
 
 
@@ -156,6 +180,7 @@ def flash_attention_forward_kernel(
     b_query = load_rows(p_query, query.row_stride, i_query, m_query, D, BLOCK_D, True)  # [BLOCK_M, BLOCK_D]
     b_row_hash = dropout_row_hash(modifiers, i_batch * num_heads + i_head, i_query)  # [BLOCK_M]
     slope, p_bias = head_biases(modifiers, i_batch, i_head, PRECISE)
+    first_position = first_row + offset
     i_position = i_query + offset  # [BLOCK_M]
     state = (
         tl.zeros([BLOCK_M, BLOCK_V], tl.float32),
@@ -168,8 +193,9 @@ def flash_attention_forward_kernel(
         p_memory_key = head_pointer(memory_key, i_batch, i_key_head)
         p_memory_value = head_pointer(memory_value, i_batch, i_key_head)
         state = _visit_keys(
-            state, b_query, i_position, b_row_hash, p_memory_key, p_memory_value, memory_key.row_stride,
-            memory_value.row_stride, 0, (0, num_memory, 0, 0, 0, 0), num_memory, 0, slope, p_bias, modifiers,
+            state, b_query, first_position, i_position, b_row_hash, p_memory_key, p_memory_value,
+            memory_key.row_stride, memory_value.row_stride, 0, (0, num_memory, 0, 0, 0, 0), num_memory, 0, slope,
+            p_bias, modifiers,
             D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, True, True, False,
         )  # fmt: skip
 
@@ -179,7 +205,7 @@ def flash_attention_forward_kernel(
     if modifiers.key_mask is not None:
         p_mask = modifiers.key_mask + i_batch.to(tl.int64) * modifiers.mask_stride
     start, full_start, full_end, end = span(
-        first_row + offset, last_row + offset, modifiers.left, modifiers.right, counted_keys, BLOCK_N
+        first_position, last_row + offset, modifiers.left, modifiers.right, counted_keys, BLOCK_N
     )
     if modifiers.query_lengths is not None:
         # A block without a row that counts visits nothing.
@@ -188,18 +214,18 @@ def flash_attention_forward_kernel(
     near_start, near_end = full_start, full_start
     if modifiers.distance_bias is not None:
         near_start, near_end = near_span(
-            first_row + offset, last_row + offset, full_start, full_end, modifiers.radius, BLOCK_N
+            first_position, last_row + offset, full_start, full_end, modifiers.radius, BLOCK_N
         )
     cut = (start, tl.minimum(full_start, end), near_start, near_end, full_end, end)
     state = _visit_keys(
-        state, b_query, i_position, b_row_hash, p_key, p_value, key.row_stride, value.row_stride, p_mask, cut,
-        counted_keys, num_memory, slope, p_bias, modifiers,
+        state, b_query, first_position, i_position, b_row_hash, p_key, p_value, key.row_stride, value.row_stride,
+        p_mask, cut, counted_keys, num_memory, slope, p_bias, modifiers,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, True, False, False,
     )  # fmt: skip
     whole = (full_start, near_start, near_end, full_end, 0, 0)
     b_output, b_maximum, b_sum = _visit_keys(
-        state, b_query, i_position, b_row_hash, p_key, p_value, key.row_stride, value.row_stride, p_mask, whole,
-        counted_keys, num_memory, slope, p_bias, modifiers,
+        state, b_query, first_position, i_position, b_row_hash, p_key, p_value, key.row_stride, value.row_stride,
+        p_mask, whole, counted_keys, num_memory, slope, p_bias, modifiers,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_N, False, False, modifiers.distance_bias is not None,
     )  # fmt: skip
 

@@ -36,10 +36,12 @@ class Modifiers(NamedTuple):
 
     Attributes:
         scale: factor of the products.
+        positive: 1 if it is more than 0.
         left, right: how far before and behind its own position a row sees.
         key_mask: `[B, M]`, one byte a key, with `mask_stride` elements from batch row to batch row.
         key_lengths, query_lengths: `[B]`.
         alibi_slopes: `[B or 1, H]` contiguous; `alibi_stride` is 0 where the batch shares them.
+        line: 1 if a tile that a row sees whole may take ALiBi as a line along its keys (`tile_logits`).
         distance_bias: `[H or 1, 2·radius + 1]` contiguous; `bias_stride` is 0 where the heads share it.
         softcap: cap of the soft clamp.
         sinks: `[H]` contiguous.
@@ -47,6 +49,7 @@ class Modifiers(NamedTuple):
     """
 
     scale: float
+    positive: int | None
     left: int | None
     right: int | None
     key_mask: Tensor | None
@@ -55,6 +58,7 @@ class Modifiers(NamedTuple):
     query_lengths: Tensor | None
     alibi_slopes: Tensor | None
     alibi_stride: int | None
+    line: int | None
     distance_bias: Tensor | None
     bias_stride: int | None
     radius: int | None
@@ -88,8 +92,11 @@ def modifiers(operands: Operands, options: Options) -> Modifiers:
     if mask is not None:
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     dropout = options.dropout_p > 0
+    # No row sees a key behind itself, and half precision does not see that a row's maximum is rounded twice.
+    line = slopes is not None and options.right <= 0 and not options.softcap and operands.query.dtype != torch.float32
     return Modifiers(
         scale=options.scale,
+        positive=1 if options.scale > 0 else None,
         left=None if options.left == UNLIMITED else options.left,
         right=None if options.right == UNLIMITED else options.right,
         key_mask=mask,
@@ -98,6 +105,7 @@ def modifiers(operands: Operands, options: Options) -> Modifiers:
         query_lengths=contiguous(operands.query_lengths),
         alibi_slopes=contiguous(slopes),
         alibi_stride=None if slopes is None else slopes.shape[1] * (slopes.shape[0] > 1),
+        line=1 if line else None,
         distance_bias=contiguous(bias),
         bias_stride=None if bias is None else bias.shape[1] * (bias.shape[0] > 1),
         radius=None if bias is None else bias.shape[1] // 2,
@@ -252,19 +260,26 @@ def tile_logits(
     far_bias,
     modifiers,
     slope,
+    b_line,
     p_bias,
     MEMORY: tl.constexpr,
     FAR: tl.constexpr,
+    LINE: tl.constexpr,
     PRECISE: tl.constexpr,
 ):
     """Scaled, biased and capped scores, and the tanh of the cap (meaningless without one).
 
     `i_distance`: key's position minus row's position, in the shape of `b_products`. Memory keys have no position, so
     no bias. FAR: the whole tile lies beyond the radius of the distance bias, where it is `far_bias`.
+
+    LINE: no key stands behind a row, so ALiBi is `slope · (key - reference)`, which is `b_line` and broadcasts to the
+    tile, less `slope · (row - reference)`, which the caller adds to what it subtracts from the row's logits.
     """
     b_logits = b_products * in_base(modifiers.scale, PRECISE)
     if not MEMORY:
-        if modifiers.alibi_slopes is not None:
+        if LINE:
+            b_logits += b_line
+        elif modifiers.alibi_slopes is not None:
             b_logits -= slope * tl.abs(i_distance).to(tl.float32)
         if modifiers.distance_bias is not None:
             if FAR:
