@@ -20,6 +20,7 @@ gate = load_script("benchmark_gate")
 layers = load_script("benchmark_colt5")
 models = load_script("benchmark_models")
 operations = load_script("benchmark_operations")
+soft_topk = load_script("benchmark_soft_topk")
 table = load_script("benchmark_table")
 targets = load_script("benchmark_targets")
 benchmark = load_script("benchmark")
@@ -68,6 +69,22 @@ def test_quick_run_from_the_command_line(tmp_path):
     assert "| target" in printed and "not measured" in printed
     rows = benchmark.read_rows(output)
     assert {(row.name, row.provider, row.length, row.threads) for row in rows} >= {("soft_topk", "ours", 128, 1)}
+
+
+@pytest.mark.parametrize("mode", soft_topk.MODES)
+def test_no_two_calls_in_a_row_select_from_the_same_logits(mode):
+    seen = []
+
+    def function(logits):
+        seen.append(tuple(logits.flatten().tolist()))
+        return 2 * logits
+
+    call = soft_topk._call(function, torch.randn(soft_topk.ROWS, 1, 4), mode)
+    seen.clear()
+    for _ in range(2 * soft_topk.ROWS):
+        call()
+    assert seen[: soft_topk.ROWS] == seen[soft_topk.ROWS :]
+    assert len(set(seen)) == soft_topk.ROWS
 
 
 def run_setting_here(setting, output):
