@@ -28,7 +28,7 @@ def exponential_of_difference(b_one, b_other, PRECISE: tl.constexpr):
 
     Unless PRECISE one multiply-add for each number, with a rounding that grows as they do.
     """
-    return exponential(b_one - b_other) if PRECISE else tl.exp2(b_one * LOG2_E - b_other * LOG2_E)
+    return exponential(b_one - b_other) if PRECISE else tl.exp2(tl.fma(b_one, LOG2_E, b_other * -LOG2_E))
 
 
 @triton.jit

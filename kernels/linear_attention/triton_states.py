@@ -192,12 +192,7 @@ def _states(
         decay = exponential(maximum - new_maximum)
         b_state = b_state * decay + tl.dot(b_features, b_values, input_precision=PRECISION)
         # Of the rounded features, as the state: weights sum to one to the last digit.
-        if b_features.dtype == tl.bfloat16:  # by a product, which has room to spare: its columns are the same sum
-            b_ones = tl.full([CHUNK, 16], 1.0, dtype=OPERAND)
-            b_added = tl.max(tl.dot(b_features, b_ones, input_precision=PRECISION), axis=1)  # [BLOCK_FEATURES]
-        else:
-            b_added = tl.sum(b_features.to(tl.float32), axis=1)
-        b_sum = b_sum * decay + b_added
+        b_sum = b_sum * decay + tl.sum(b_features.to(tl.float32), axis=1)
         maximum = new_maximum
 
     tl.store(p_end_state + i_end * state_size + o_state, b_state, mask=m_state)
