@@ -15,7 +15,8 @@ EPS = 0.1
 ITERATIONS = 50
 PEER = "colt5-attention"
 # Calls take so many rows of logits in turn. Of one that it sees over and over a processor learns the branches of a
-# selection: torch.topk of 32,768 such logits took 0.10 to 0.40 ms, of others 0.41 to 0.44 (two cores of an EPYC).
+# selection: torch.topk of 32,768 such logits took 0.10 to 0.40 ms, of others 0.41 to 0.44 (two cores of an EPYC). Of a
+# million logits no row stays in a cache so.
 ROWS = 8
 
 

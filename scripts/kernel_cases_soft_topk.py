@@ -8,7 +8,7 @@ from hf_efficient.kernels.soft_topk import triton_backward, triton_forward
 
 STEPS = 20
 ROWS = 8
-# One length for each row of the launch tables; the last one is split.
+# One length for each row of the launch tables; the last two are split.
 LENGTHS = (1024, 4096, 16384, 32768, 1_048_576)
 
 

@@ -111,8 +111,9 @@ def _visit_rows(
             # Rows of the first range stand before the keys: they see them behind themselves.
             p_end = p_bias + tl.where(i_tile < one, modifiers.radius, -modifiers.radius)
             far_bias = in_base(tl.load(p_end).to(tl.float32), PRECISE)
-        b_line = (slope * (i_key - first_key).to(tl.float32))[:, None] if LINE else 0.0
+        b_line = 0.0
         if LINE:
+            b_line = (slope * (i_key - first_key).to(tl.float32))[:, None]
             b_rows = tl.arange(0, BLOCK_M).to(tl.float32) + (first_row + offset - first_key).to(tl.float32)
             b_lse += slope * b_rows
         b_logits, b_tanh = tile_logits(

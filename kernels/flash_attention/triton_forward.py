@@ -95,7 +95,12 @@ def _visit_keys(
     if LINE:
         b_ramp = slope * tl.arange(0, BLOCK_N).to(tl.float32)  # [BLOCK_N]
         b_shift = slope * (i_position - first_position).to(tl.float32)  # [BLOCK_M]
-        b_maximum += b_shift
+        # The shifted maximum is rounded; sum and output are then relative to what it stands for.
+        b_shifted = b_maximum + b_shift
+        b_rescale = exponential(b_maximum - (b_shifted - b_shift), PRECISE)  # [BLOCK_M]
+        b_sum *= b_rescale
+        b_output *= b_rescale[:, None]
+        b_maximum = b_shifted
     if FAR:
         bias_before = in_base(tl.load(p_bias - modifiers.radius).to(tl.float32), PRECISE)
         bias_behind = in_base(tl.load(p_bias + modifiers.radius).to(tl.float32), PRECISE)

@@ -92,8 +92,8 @@ def modifiers(operands: Operands, options: Options) -> Modifiers:
     if mask is not None:
         mask = (mask if mask.stride(-1) == 1 else mask.contiguous()).view(torch.uint8)
     dropout = options.dropout_p > 0
-    # No row sees a key behind itself, and half precision does not see that a row's maximum is rounded twice.
-    line = slopes is not None and options.right <= 0 and not options.softcap and operands.query.dtype != torch.float32
+    # No row sees a key behind itself, and half precision does not see that a row's log-sum-exp is rounded once more.
+    line = slopes is not None and options.right == 0 and not options.softcap and operands.query.dtype != torch.float32
     return Modifiers(
         scale=options.scale,
         positive=1 if options.scale > 0 else None,

@@ -202,7 +202,7 @@ def _feature_gradients(
             )  # fmt: skip  # [CHUNK, BLOCK_FEATURES]
             b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
             if FUNCTION == "exponential":
-                b_normalizer = tl.load(p_own_normalizers + o_vector + o_rows, mask=m_own, other=0.0)
+                b_normalizer = tl.load(p_own_normalizers + o_vector + o_rows, mask=m_own, other=float("inf"))
             b_features = apply_map(b_logits, b_normalizer[:, None], m_features[None, :], epsilon, FUNCTION, not SPLIT)
             m_gradient = m_own[:, None] & m_features[None, :]
             b_gradient = _through_map(

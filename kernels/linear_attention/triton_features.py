@@ -231,7 +231,8 @@ def load_features(
     )  # fmt: skip
     m_features = within(o_feature + tl.arange(0, BLOCK_FEATURES), num_features, WHOLE)
     if FUNCTION == "exponential":
-        b_normalizer = tl.load(p_normalizers + o_rows, mask=m_rows, other=0.0)  # [CHUNK]
+        # Rows that do not count have logits of their bias alone, of which the exponential may be infinite: not theirs.
+        b_normalizer = tl.load(p_normalizers + o_rows, mask=m_rows, other=float("inf"))  # [CHUNK]
     else:
         b_normalizer = tl.zeros([CHUNK], dtype=tl.float32)
     if TRANSPOSED:

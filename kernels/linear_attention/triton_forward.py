@@ -116,11 +116,10 @@ def _outputs(
         if i_value == 0:
             tl.store(p_running + o_vector + o_rows, b_running, mask=m_rows)
     b_denominator = tl.where(b_denominator == 0, 1.0, b_denominator)
-    b_reciprocal = 1.0 / b_denominator  # [CHUNK]
     if i_value == 0:
-        tl.store(p_reciprocals + o_vector + o_rows, b_reciprocal, mask=m_rows)
+        tl.store(p_reciprocals + o_vector + o_rows, 1.0 / b_denominator, mask=m_rows)
     o_output = (o_vector + o_rows)[:, None] * num_values + o_values[None, :]  # [CHUNK, BLOCK_VALUES]
-    b_output = b_numerator / b_denominator[:, None] if PRECISION == "ieee" else b_numerator * b_reciprocal[:, None]
+    b_output = b_numerator / b_denominator[:, None]  # one over a subnormal denominator would be infinite
     tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), mask=m_rows[:, None] & m_values[None, :])
 
 
