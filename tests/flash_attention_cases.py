@@ -63,6 +63,8 @@ COMBINATIONS = {
     "plain": (),
     **{name: (name,) for name in OPTIONS},
     "causal alibi": ("causal", "alibi"),
+    "one-sided window alibi": ("one-sided window", "alibi"),
+    "causal window alibi per row": ("causal", "window", "alibi per row"),
     "causal window": ("causal", "window"),
     "causal window distance bias": ("causal", "window", "distance bias"),
     "causal mask": ("causal", "mask"),

@@ -6,17 +6,22 @@ Blocks are 16 there, so that with the lengths used here every loop runs several 
 import numpy as np
 import pytest
 import torch
-from flash_attention_cases import COMBINATIONS, operands_of
+from flash_attention_cases import COMBINATIONS, in_dtype, operands_of
 from flash_attention_kernels import (
     DEVICE,
     assert_equals_the_definition,
     call_of,
+    eager,
     kernels,
+    reference,
     results_and_gradients,
     weights_of,
 )
+from helpers import assert_within_budget
 
 from hf_efficient.kernels.flash_attention import flash_attention, merge_attention
+from hf_efficient.kernels.flash_attention.launch_table import FORWARD
+from hf_efficient.kernels.launch_config import LaunchConfig
 
 
 pytest.importorskip("triton")
@@ -26,6 +31,7 @@ BATCH, HEADS, KEY_HEADS = 2, 2, 1
 REPEATED = {
     "scale", "window of itself", "key lengths", "alibi per row", "wide distance bias", "shared distance bias",
     "memory per row", "causal window", "causal mask", "causal lengths", "causal alibi", "no length",
+    "one-sided window alibi", "causal window alibi per row",
 }  # fmt: skip
 
 
@@ -65,11 +71,21 @@ def test_half_precision(combination, nan_poisoned):
 
 
 @pytest.mark.parametrize("sign", [1, -1])
-@pytest.mark.parametrize("combination", ["causal alibi", "causal key lengths alibi", "alibi decoder"])
+@pytest.mark.parametrize("combination", [name for name in COMBINATIONS if "alibi" in COMBINATIONS[name]])
 def test_alibi_in_half_precision(combination, sign, nan_poisoned):
-    """It is a line along the keys there, in tiles that rows see whole: several, so that the line goes on."""
+    """If causal, it is a line along the keys in tiles that rows see whole: several, so that the line goes on."""
     call = call_of(combination, 36, 60, torch.float16)
     assert_equals_the_definition(call | {"alibi_slopes": sign * call["alibi_slopes"]})
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="replaces the interpreter's tiles by those of a GPU")
+def test_the_log_sum_exp_of_steep_slopes(monkeypatch):
+    """Far from a tile's first row the line and the row's shift are large, and their difference is not."""
+    monkeypatch.setitem(FORWARD["interpreter"], (16, 64), LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64}, 1, 1))
+    query, key, value = (torch.randn(1, 2, 300, 16, dtype=torch.float16) for _ in range(3))
+    call = {"query": query, "key": key, "value": value, "causal": True, "alibi_slopes": torch.tensor([0.9, 100.0])}
+    exact = reference(in_dtype(call, torch.float64))[1]
+    assert_within_budget(kernels(call)[1], exact, eager(call)[1], "lse")
 
 
 @pytest.mark.parametrize("sizes", [(1, 1), (1, 40), (20, 1), (16, 32), (17, 0)], ids=str)

@@ -48,11 +48,11 @@ def one_by_one(function, cu_seqlens):
     return call
 
 
-def make_case(name, borders, dtype=torch.float32, heads=2, kind=torch.int32):
+def make_case(name, borders, dtype=torch.float32, heads=2, kind=torch.int32, features=None):
     cu_seqlens = torch.tensor(borders, dtype=kind)
     sequences, length = len(borders) - 1, borders[-1]
     inputs = make_inputs(name, length, batch=1, heads=heads, dtype=dtype)
-    feature_map = make_map(name, 8, torch.promote_types(dtype, torch.float32))
+    feature_map = make_map(name, 8, torch.promote_types(dtype, torch.float32), features)
     before = make_inputs(name, 9, batch=sequences, heads=heads, dtype=feature_map.to(torch.float32).projection.dtype)
     before = [t.to(torch.promote_types(dtype, torch.float32)) for t in before]
     state = reference(*before, feature_map)[1]
@@ -87,12 +87,14 @@ def test_eager_is_one_call_for_each_sequence(name, causal, masked, kind):
         assert_equal_in_double(found[part], wanted[part], part)
 
 
+@pytest.mark.parametrize("features, masked", [(None, True), (32, False)], ids=["masked", "features-fill-tiles"])
 @pytest.mark.parametrize("name", ["softmax", "relu"])
 @causal_or_not
-def test_triton_within_budget_of_separate_sequences(name, causal, nan_poisoned):
+def test_triton_within_budget_of_separate_sequences(name, causal, features, masked, nan_poisoned):
+    """Without a mask, and with features that fill their tiles, chunks without rows are all that is masked."""
     pytest.importorskip("triton")
-    inputs, state, cu_seqlens = make_case(name, BORDERS["triton"], heads=1)
-    mask = random_mask(1, inputs[0].shape[2])
+    inputs, state, cu_seqlens = make_case(name, BORDERS["triton"], heads=1, features=features)
+    mask = random_mask(1, inputs[0].shape[2]) if masked else None
     options = {"causal": causal, "mask": mask}
     weights = loss_weights(inputs, state, torch.float32)
     *exact, exact_state = in_double(*inputs, state)

@@ -23,7 +23,7 @@ from linear_attention_triton_cases import (
     triton_attention,
 )
 
-from hf_efficient.kernels.linear_attention import LinearAttentionState, linear_attention
+from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 from hf_efficient.kernels.linear_attention.feature_maps import key_features
 from hf_efficient.kernels.linear_attention.launch_plan import MapTensors
 from hf_efficient.kernels.linear_attention.triton_states import normalizers
@@ -105,7 +105,7 @@ def test_low_precision(name, causal, dtype, tensor_core_products, nan_poisoned):
     assert_output_and_state(actual, inputs, feature_map, causal)
 
 
-SIZES = [(40, 20, 24), (16, 48, 40), (3, 1, 1), (1, 7, 5), (64, 8, 70)]
+SIZES = [(40, 20, 24), (16, 48, 40), (3, 1, 1), (1, 7, 5), (64, 8, 70), (24, 8, 32)]
 
 
 @pytest.mark.parametrize("head_dim, value_dim, features", SIZES)
@@ -114,6 +114,16 @@ def test_any_sizes(head_dim, value_dim, features, causal, nan_poisoned):
     """Several tiles of head size, values and features, ragged each."""
     inputs = make_inputs("softmax", 35, head_dim, value_dim, **SMALL)
     feature_map = make_map("softmax", head_dim, features=features)
+    assert_output_and_state(triton_attention(*inputs, feature_map, causal=causal), inputs, feature_map, causal)
+
+
+@pytest.mark.parametrize("name", ["softmax-large-epsilon", "optimal-positive", "gelu", "identity-of-inputs"])
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
+def test_features_that_fill_their_tiles(name, causal, dtype, tensor_core_products, nan_poisoned):  # noqa: F811
+    """None is masked then; rows behind the end still are."""
+    inputs = make_inputs(name, 37, head_dim=16, dtype=dtype, **SMALL)
+    feature_map = make_map(name, 16, features=32)
     assert_output_and_state(triton_attention(*inputs, feature_map, causal=causal), inputs, feature_map, causal)
 
 
@@ -265,6 +275,36 @@ def test_extreme_inputs(norm, causal):
     actual = triton_attention(*inputs, feature_map, causal=causal)
     assert_output_and_state(actual, inputs, feature_map, causal)
     assert (actual[0].abs() <= value.abs().amax(dim=2, keepdim=True) * 1.0001).all()
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="a GPU may take products so small for zero")
+@causal_or_not
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=["fp16", "fp32"])
+def test_denominators_below_the_normal_numbers(dtype, causal):
+    """One over such a number is infinite; the quotient of two of them is not."""
+    inputs = torch.full((1, 1, 5, 8), -47.0, dtype=dtype)
+    value = torch.linspace(-1, 1, 5, dtype=dtype)[:, None].expand(1, 1, 5, 3)
+    feature_map = FeatureMap("elu_plus_one", None, None, 1.0, 0.0, True)
+    output, _ = triton_attention(inputs, inputs, value, feature_map, causal=causal)
+    mean = (value.float().cumsum(2) / torch.arange(1, 6)[:, None]) if causal else value.float().mean(2, keepdim=True)
+    assert torch.allclose(output.float(), mean.expand_as(output), atol=1e-3)
+
+
+@causal_or_not
+@pytest.mark.parametrize("features", [24, 32])
+def test_a_bias_beyond_what_an_exponential_holds(features, causal):
+    """Rows behind the end of the last chunk have nothing but the bias."""
+    inputs = make_inputs("optimal-positive", 20, **SMALL)
+    feature_map = make_map("optimal-positive", 8, features=features)
+    feature_map = feature_map._replace(bias=feature_map.bias + 95)
+    output, state = triton_attention(*inputs, feature_map, causal=causal)
+    *exact, _ = in_double(*inputs, feature_map, None)
+    oracle = reference(*exact, causal=causal)[0]
+    eagers = [
+        function(*inputs, feature_map, causal=causal)[0] for function in plain_computations(torch.float32, False)
+    ]
+    assert_like_eager(output, oracle, eagers, "output")
+    assert all(part.isfinite().all() for part in state)
 
 
 @pytest.mark.parametrize("backend", ["eager", "triton"])

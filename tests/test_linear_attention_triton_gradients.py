@@ -31,11 +31,13 @@ causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", 
 SMALL = {"batch": 1, "heads": 1}
 
 
-def make_case(name, length, dtype=torch.float32, causal=True, head_dim=8, value_dim=5, batch=1, heads=1):
+def make_case(
+    name, length, dtype=torch.float32, causal=True, head_dim=8, value_dim=5, batch=1, heads=1, features=None
+):
     """Inputs, feature map, an earlier state and the weights of the loss; a bidirectional case has other keys."""
     keys = length if causal else length + 9
     query, key, value = make_inputs(name, length, head_dim, value_dim, keys, batch, heads, dtype)
-    feature_map = make_map(name, head_dim)
+    feature_map = make_map(name, head_dim, features=features)
     state = reference(*make_inputs(name, 11, head_dim, value_dim, batch=batch, heads=heads), feature_map)[1]
     weights = [torch.randn(*query.shape[:3], value_dim).to(dtype)]
     weights += [torch.randn_like(sums) / (length + 11) for sums in state[:2]]
@@ -84,6 +86,21 @@ def test_low_precision(name, causal, dtype, tensor_core_products, nan_poisoned):
 def test_several_tiles_of_everything(name, causal, nan_poisoned):
     """Head size, values and features over two tiles each, two rows of a batch."""
     assert_gradients(make_case(name, 17, causal=causal, head_dim=18, value_dim=20, batch=2), causal=causal)
+
+
+@pytest.mark.parametrize("name", ["softmax-large-epsilon", "optimal-positive", "gelu", "identity-of-inputs"])
+@causal_or_not
+def test_features_that_fill_their_tiles(name, causal, nan_poisoned):
+    """Neither features nor, without a mask, gradients of logits are masked then; rows behind the end still are."""
+    assert_gradients(make_case(name, 19, causal=causal, head_dim=16, features=32), causal=causal)
+
+
+@causal_or_not
+def test_a_bias_beyond_what_an_exponential_holds(causal):
+    """Rows behind the end of the last chunk have nothing but the bias, and no part in any gradient."""
+    *rest, feature_map, state, weights = make_case("optimal-positive", 20, causal=causal, head_dim=16, features=32)
+    feature_map = feature_map._replace(bias=feature_map.bias + 95)
+    assert_gradients((*rest, feature_map, state, weights), causal=causal)
 
 
 @causal_or_not
