@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from flash_attention_cases import BATCH, COMBINATIONS, DIFFERENTIABLE, HEADS, OPTIONS, in_dtype, make_call, operands_of
+from flash_attention_kernels import FACTORS, scaled
 from helpers import assert_within_budget
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -50,7 +51,7 @@ def base_two_reference(call):
 
 
 def assert_equals_the_reference(call):
-    """Within the error budget of the plain computation; in float32, of the worse of two plain computations.
+    """Within the error budget of the plain computation; in float32, of the worst of several in other roundings.
 
     The largest of few rounding errors scatters by more than the factor of two that the budget allows.
     """
@@ -58,7 +59,9 @@ def assert_equals_the_reference(call):
     weights = torch.randn(BATCH, HEADS, length, value_dim), torch.randn(BATCH, HEADS, length)
     actual = results_and_gradients(blocked, call, weights)
     oracle = results_and_gradients(reference, in_dtype(call, torch.float64), weights)
-    ways = [reference] + ([base_two_reference] if call["query"].dtype == torch.float32 else [])
+    ways = [reference]
+    if call["query"].dtype == torch.float32:
+        ways += [base_two_reference, *(scaled(reference, factor) for factor in FACTORS)]
     plain = [results_and_gradients(way, call, weights) for way in ways]
     for name, exact in oracle.items():
         worst = max((way[name] for way in plain), key=lambda result: (result - exact).abs().max().item())
