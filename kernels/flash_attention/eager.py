@@ -20,6 +20,7 @@ from .eager_tiles import (
     bias_gradients,
     compute_logits,
     empty_output,
+    is_far,
     kept,
     keys_of,
     largest_tile,
@@ -105,7 +106,7 @@ def _forward(operands, options, batch_row=0):
             weights, _ = compute_logits(part, tile, rows, key, buffer)
             grown = torch.maximum(maximum, weights.amax(-1, keepdim=True))
             grown.masked_fill_(grown == -torch.inf, 0)  # a row that has seen nothing yet
-            weigh(weights, grown, part.bias is not None)
+            weigh(weights, grown, part.is_low)
             shrunk = (maximum - grown).exp2_()
             maximum, total = grown, total.mul_(shrunk).add_(weights.sum(-1, keepdim=True))
             if part.row_keys is not None:
@@ -160,7 +161,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
         for tile in tiles:
             key, value = keys_of(part, tile)
             weights, clamped = compute_logits(part, tile, rows, key, buffers[0])
-            weigh(weights, base, part.bias is not None)
+            weigh(weights, base, part.is_low)
             slopes = buffers[1, : weights.numel()].view(weights.shape)
             torch.bmm(grad_rows, value.mT, out=slopes)
             here = slice(tile.start, tile.stop), slice(tile.left, tile.right)
@@ -177,8 +178,12 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
             grad_own.baddbmm_(slopes, key)
             grad_key.baddbmm_(slopes.mT, rows)
             if grad_bias is not None and not tile.memory:
-                by_row = slopes.view(tile.stop - tile.start, shape[1], tile.bottom - tile.top, tile.right - tile.left)
-                skewed = _add_along_distances(grad_bias[tile.start : tile.stop], by_row, tile.top + tile.left, skewed)
+                total, first = grad_bias[tile.start : tile.stop], tile.top + tile.left
+                by_row = slopes.view(*total.shape[:2], tile.bottom - tile.top, tile.right - tile.left)
+                if is_far(part, tile):  # all of it belongs to one end of the bias
+                    total[..., first] += by_row.flatten(2).sum(-1)
+                else:
+                    skewed = _add_along_distances(total, by_row, first, skewed)
         put_rows(grad_query, block, grad_own.mul_(options.scale))
 
     def unflattened(tensor, operand, factor=1.0):

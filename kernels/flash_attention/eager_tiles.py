@@ -24,6 +24,8 @@ TILE_ELSEWHERE = 2**24
 # Below the rounding of every sum that holds the largest weight, 1, and far enough above the least normal number that
 # products with it stay normal, too: processors are slow with those that do not (docs/kernels/flash_attention.md).
 LEAST_EXPONENT = -100.0
+# In base 2: a bias that differs by less makes no more such weights than products alone do.
+LOW_BIAS = 50.0
 
 
 class Part(NamedTuple):
@@ -36,6 +38,8 @@ class Part(NamedTuple):
         key, value: `[C, M, D]`, `[C, M, V]`; zeros at masked keys.
         memory_key, memory_value: `[C, R, D]`, `[C, R, V]`, R may be 0.
         bias: `[C, U, N + M - 1]` over t, times `logit_factor`, or None.
+        before, behind: up to the one and from the other t on the bias is the same for all.
+        is_low: whether the bias takes some keys far below others.
         mask: `[C, 1, M]`, 0 or -inf, or None.
         edges: `[N + M - 1]` over t, 0 inside of the window and -inf outside, or None.
         first, last: the t inside of the window.
@@ -50,6 +54,9 @@ class Part(NamedTuple):
     memory_key: Tensor
     memory_value: Tensor
     bias: Tensor | None
+    before: int
+    behind: int
+    is_low: bool
     mask: Tensor | None
     edges: Tensor | None
     first: int
@@ -101,14 +108,20 @@ def prepare(operands: Operands, options: Options, batch_row: int = 0) -> Part:
         rows = torch.arange(length - 1, -1, -1, device=device)
         row_keys = dropout_row_keys(operands.dropout_seed, rows, numbers.view(batch * key_heads, shared))
     bias = bias_over_distances(operands, dtype)
+    before, behind, is_low = -1, length + keys, bias is not None
     if bias is not None:
+        if operands.alibi_slopes is None:
+            radius = operands.distance_bias.shape[1] // 2
+            before, behind = keys - 1 - radius, keys - 1 + radius
+        if device.type == "cpu" and bias.numel():  # elsewhere to look at a number is to wait for it
+            is_low = bool((bias.amax() - bias.amin()) * LOG2_E > LOW_BIAS)
         bias = (bias * logit_factor).expand(batch, heads, -1).reshape(batch * key_heads, shared, -1)
     nothing = (key.new_empty(batch, key_heads, 0, size), value.new_empty(batch, key_heads, 0, value.shape[3]))
     memory = nothing if operands.memory_key is None else (operands.memory_key, operands.memory_value)
     return Part(
         query.to(dtype).reshape(batch * key_heads, shared, length, size),
-        flat(key), flat(value), flat(memory[0]), flat(memory[1]), bias, mask, edges, first, last, row_keys, options,
-        logit_factor,
+        flat(key), flat(value), flat(memory[0]), flat(memory[1]), bias, before, behind, is_low, mask, edges, first,
+        last, row_keys, options, logit_factor,
     )  # fmt: skip
 
 
@@ -241,10 +254,16 @@ def compute_logits(part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: T
     return logits, clamped
 
 
-def weigh(logits: Tensor, base: Tensor, biased: bool) -> Tensor:
-    """`2^(logits - base)`, in place. With a bias, which takes distant keys far down, weights below the least are 0."""
+def is_far(part: Part, tile: Tile) -> bool:
+    """Whether the bias is one number for each head on all of the tile."""
+    first = tile.top + tile.left
+    return tile.bottom - 1 + tile.right - 1 <= part.before or first >= part.behind
+
+
+def weigh(logits: Tensor, base: Tensor, is_low: bool) -> Tensor:
+    """`2^(logits - base)`, in place. With a bias that takes keys far down, weights below the least are 0."""
     logits.sub_(base)
-    if biased:
+    if is_low:
         torch.threshold_(logits, LEAST_EXPONENT, -torch.inf)
     return logits.exp2_()
 
