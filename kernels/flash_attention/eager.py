@@ -103,10 +103,10 @@ def _forward(operands, options, batch_row=0):
             maximum, total = rows_of(sinks, block), rows.new_ones(*rows.shape[:2], 1)
         for tile in tiles:
             key, value = keys_of(part, tile)
-            weights, _ = compute_logits(part, tile, rows, key, buffer)
-            grown = torch.maximum(maximum, weights.amax(-1, keepdim=True))
+            weights, offset, _ = compute_logits(part, tile, rows, key, buffer)
+            grown = torch.maximum(maximum, weights.amax(-1, keepdim=True) + offset)
             grown.masked_fill_(grown == -torch.inf, 0)  # a row that has seen nothing yet
-            weigh(weights, grown, part.is_low)
+            weigh(weights, grown - offset, part.is_low)
             shrunk = (maximum - grown).exp2_()
             maximum, total = grown, total.mul_(shrunk).add_(weights.sum(-1, keepdim=True))
             if part.row_keys is not None:
@@ -160,8 +160,8 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
         grad_own = torch.zeros_like(rows)
         for tile in tiles:
             key, value = keys_of(part, tile)
-            weights, clamped = compute_logits(part, tile, rows, key, buffers[0])
-            weigh(weights, base, part.is_low)
+            weights, offset, clamped = compute_logits(part, tile, rows, key, buffers[0])
+            weigh(weights, base - offset, part.is_low)
             slopes = buffers[1, : weights.numel()].view(weights.shape)
             torch.bmm(grad_rows, value.mT, out=slopes)
             here = slice(tile.start, tile.stop), slice(tile.left, tile.right)
@@ -174,7 +174,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
                 slopes.mul_(keep)
             slopes.sub_(delta_rows).mul_(weights)
             if clamped is not None:
-                slopes.addcmul_(slopes, clamped.square_(), value=-1)
+                torch.ops.aten.tanh_backward.grad_input(slopes, clamped, grad_input=slopes)  # one pass: · (1 - tanh²)
             grad_own.baddbmm_(slopes, key)
             grad_key.baddbmm_(slopes.mT, rows)
             if grad_bias is not None and not tile.memory:

@@ -230,14 +230,24 @@ def put_rows(tensor: Tensor, tile: Tile, rows: Tensor) -> None:
     place.copy_(rows.view(place.shape[0], place.shape[1], -1, place.shape[3]).flip(2))
 
 
-def compute_logits(part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: Tensor) -> tuple[Tensor, Tensor | None]:
-    """Logits in base 2 of a tile `[c, U · rows, columns]`, in `buffer`; and, with a soft clamp, their tanh."""
+def compute_logits(
+    part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: Tensor
+) -> tuple[Tensor, Tensor | float, Tensor | None]:
+    """Logits in base 2 of a tile `[c, U · rows, columns]`, in `buffer`; and, with a soft clamp, their tanh.
+
+    What stands between them is to be added to the logits of a row, `[c, U · rows, 1]` or 0: a bias that is one number
+    for each head on all of the tile.
+    """
     rows, columns = tile.bottom - tile.top, tile.right - tile.left
     logits = buffer[: query.shape[0] * query.shape[1] * columns].view(*query.shape[:2], columns)
     by_row = logits.view(query.shape[0], -1, rows, columns)
     over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
     factor = part.options.scale * part.logit_factor
-    if part.bias is None or tile.memory:
+    offset = 0.0
+    if part.bias is None or tile.memory or (is_far(part, tile) and not part.options.softcap):
+        if part.bias is not None and not tile.memory:
+            heads = part.bias[tile.start : tile.stop, :, over_t.start, None]  # [c, U, 1]
+            offset = heads.expand(-1, -1, rows).reshape(*query.shape[:2], 1)
         torch.baddbmm(logits, query, key.mT, beta=0, alpha=factor, out=logits)
     else:
         by_row.copy_(part.bias[tile.start : tile.stop, :, over_t].unfold(-1, columns, 1))
@@ -251,7 +261,7 @@ def compute_logits(part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: T
             logits.add_(part.mask[tile.start : tile.stop, :, tile.left : tile.right])
         if part.edges is not None and (over_t.start < part.first or over_t.stop - 1 > part.last):
             by_row.add_(part.edges[over_t].unfold(-1, columns, 1))
-    return logits, clamped
+    return logits, offset, clamped
 
 
 def is_far(part: Part, tile: Tile) -> bool:
