@@ -20,6 +20,8 @@ from .eager_tiles import (
     bias_gradients,
     compute_logits,
     empty_output,
+    exponentiate,
+    hide,
     is_far,
     kept,
     keys_of,
@@ -28,7 +30,7 @@ from .eager_tiles import (
     put_rows,
     row_blocks,
     rows_of,
-    weigh,
+    unit,
 )
 from .operands import Gradients, Operands, Options, Wanted
 
@@ -103,10 +105,12 @@ def _forward(operands, options, batch_row=0):
             maximum, total = rows_of(sinks, block), rows.new_ones(*rows.shape[:2], 1)
         for tile in tiles:
             key, value = keys_of(part, tile)
-            weights, offset, _ = compute_logits(part, tile, rows, key, buffer)
-            grown = torch.maximum(maximum, weights.amax(-1, keepdim=True) + offset)
+            weights, offset = compute_logits(part, tile, rows, key, buffer)
+            hide(part, tile, weights)
+            grown = torch.maximum(maximum, weights.amax(-1, keepdim=True) * unit(part) + offset)
             grown.masked_fill_(grown == -torch.inf, 0)  # a row that has seen nothing yet
-            weigh(weights, grown - offset, part.is_low)
+            torch.add(offset - grown, weights, alpha=unit(part), out=weights)
+            exponentiate(weights, part.is_low)
             shrunk = (maximum - grown).exp2_()
             maximum, total = grown, total.mul_(shrunk).add_(weights.sum(-1, keepdim=True))
             if part.row_keys is not None:
@@ -145,7 +149,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
     grad_bias = None
     if part.bias is not None and any(wanted):
         grad_bias = torch.zeros_like(part.bias)
-    buffers = part.query.new_empty(2, largest_tile(part))
+    buffers = part.query.new_empty(3 if options.softcap else 2, largest_tile(part))
     skewed = part.query.new_zeros(0)
 
     for block, tiles in row_blocks(part):
@@ -160,8 +164,12 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
         grad_own = torch.zeros_like(rows)
         for tile in tiles:
             key, value = keys_of(part, tile)
-            weights, offset, clamped = compute_logits(part, tile, rows, key, buffers[0])
-            weigh(weights, base - offset, part.is_low)
+            logits, offset = compute_logits(part, tile, rows, key, buffers[0])
+            # With a soft clamp they are its tanh, which its derivative needs.
+            weights = buffers[2, : logits.numel()].view(logits.shape) if options.softcap else logits
+            torch.add(offset - base, logits, alpha=unit(part), out=weights)
+            hide(part, tile, weights)
+            exponentiate(weights, part.is_low)
             slopes = buffers[1, : weights.numel()].view(weights.shape)
             torch.bmm(grad_rows, value.mT, out=slopes)
             here = slice(tile.start, tile.stop), slice(tile.left, tile.right)
@@ -173,8 +181,8 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
                 grad_value.baddbmm_((weights * keep).mT, grad_rows)
                 slopes.mul_(keep)
             slopes.sub_(delta_rows).mul_(weights)
-            if clamped is not None:
-                torch.ops.aten.tanh_backward.grad_input(slopes, clamped, grad_input=slopes)  # one pass: · (1 - tanh²)
+            if options.softcap:  # one pass for slopes · (1 - tanh²)
+                torch.ops.aten.tanh_backward.grad_input(slopes, logits, grad_input=slopes)
             grad_own.baddbmm_(slopes, key)
             grad_key.baddbmm_(slopes.mT, rows)
             if grad_bias is not None and not tile.memory:

@@ -232,36 +232,43 @@ def put_rows(tensor: Tensor, tile: Tile, rows: Tensor) -> None:
 
 def compute_logits(
     part: Part, tile: Tile, query: Tensor, key: Tensor, buffer: Tensor
-) -> tuple[Tensor, Tensor | float, Tensor | None]:
-    """Logits in base 2 of a tile `[c, U · rows, columns]`, in `buffer`; and, with a soft clamp, their tanh.
-
-    What stands between them is to be added to the logits of a row, `[c, U · rows, 1]` or 0: a bias that is one number
-    for each head on all of the tile.
-    """
+) -> tuple[Tensor, Tensor | float]:
+    """Logits of a tile over `unit(part)`, `[c, U · rows, columns]` in `buffer`, and what is to be added to those of a
+    row, `[c, U · rows, 1]` or 0: a bias that is one number for each head on all of the tile."""
     rows, columns = tile.bottom - tile.top, tile.right - tile.left
     logits = buffer[: query.shape[0] * query.shape[1] * columns].view(*query.shape[:2], columns)
-    by_row = logits.view(query.shape[0], -1, rows, columns)
-    over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
     factor = part.options.scale * part.logit_factor
     offset = 0.0
     if part.bias is None or tile.memory or (is_far(part, tile) and not part.options.softcap):
         if part.bias is not None and not tile.memory:
-            heads = part.bias[tile.start : tile.stop, :, over_t.start, None]  # [c, U, 1]
+            heads = part.bias[tile.start : tile.stop, :, tile.top + tile.left, None]  # [c, U, 1]
             offset = heads.expand(-1, -1, rows).reshape(*query.shape[:2], 1)
         torch.baddbmm(logits, query, key.mT, beta=0, alpha=factor, out=logits)
     else:
+        over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
+        by_row = logits.view(query.shape[0], -1, rows, columns)
         by_row.copy_(part.bias[tile.start : tile.stop, :, over_t].unfold(-1, columns, 1))
         logits.baddbmm_(query, key.mT, alpha=factor)
-    clamped = None
     if part.options.softcap:
-        clamped = logits.tanh()
-        torch.mul(clamped, part.options.softcap * LOG2_E, out=logits)
-    if not tile.memory:
-        if part.mask is not None:
-            logits.add_(part.mask[tile.start : tile.stop, :, tile.left : tile.right])
-        if part.edges is not None and (over_t.start < part.first or over_t.stop - 1 > part.last):
-            by_row.add_(part.edges[over_t].unfold(-1, columns, 1))
-    return logits, offset, clamped
+        logits.tanh_()
+    return logits, offset
+
+
+def unit(part: Part) -> float:
+    """What the numbers of `compute_logits` are multiplied with to be logits in base 2."""
+    return part.options.softcap * LOG2_E if part.options.softcap else 1.0
+
+
+def hide(part: Part, tile: Tile, logits: Tensor) -> None:
+    """Takes keys that do not count, or that a row does not see, to -inf."""
+    if tile.memory:
+        return
+    if part.mask is not None:
+        logits.add_(part.mask[tile.start : tile.stop, :, tile.left : tile.right])
+    rows, columns = tile.bottom - tile.top, tile.right - tile.left
+    over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
+    if part.edges is not None and (over_t.start < part.first or over_t.stop - 1 > part.last):
+        logits.view(logits.shape[0], -1, rows, columns).add_(part.edges[over_t].unfold(-1, columns, 1))
 
 
 def is_far(part: Part, tile: Tile) -> bool:
@@ -271,8 +278,12 @@ def is_far(part: Part, tile: Tile) -> bool:
 
 
 def weigh(logits: Tensor, base: Tensor, is_low: bool) -> Tensor:
-    """`2^(logits - base)`, in place. With a bias that takes keys far down, weights below the least are 0."""
-    logits.sub_(base)
+    """`2^(logits - base)`, in place."""
+    return exponentiate(logits.sub_(base), is_low)
+
+
+def exponentiate(logits: Tensor, is_low: bool) -> Tensor:
+    """Powers of two, in place. With a bias that takes keys far down, those below the least weight are 0."""
     if is_low:
         torch.threshold_(logits, LEAST_EXPONENT, -torch.inf)
     return logits.exp2_()
