@@ -71,6 +71,7 @@ COMBINATIONS = {
     "causal lengths": ("causal", "lengths"),
     "causal key lengths alibi": ("causal", "key lengths", "alibi"),
     "decoder": ("causal", "mask", "alibi", "distance bias", "softcap", "memory", "sinks"),
+    "clamped distance bias": ("distance bias", "softcap"),
     "alibi decoder": ("causal", "mask", "alibi", "distance bias", "memory", "sinks"),
     "decoder with dropout": ("causal", "window", "distance bias", "softcap", "memory", "sinks", "dropout"),
     "encoder": ("window ahead", "lengths", "alibi per row", "wide distance bias", "softcap", "memory per row"),

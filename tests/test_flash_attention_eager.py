@@ -89,6 +89,21 @@ def test_half_precision(combination, dtype, small_tiles, real_head_size, nan_poi
     assert_equals_the_reference(make_call(combination, 75, 91, dtype=dtype))
 
 
+@pytest.mark.parametrize("ends", [(300.0, 0.0), (0.0, 300.0), (-300.0, 300.0)], ids=str)
+def test_far_keys_may_be_the_ones_that_count(ends, small_tiles):
+    """Whole tiles of them have one bias, without which their weights overflow or vanish."""
+    call = make_call("plain", 60, 60)
+    bias = torch.zeros(HEADS, 9)
+    bias[:, 0], bias[:, -1] = ends
+    assert_equals_the_reference(call | {"distance_bias": bias})
+
+
+def test_clamp_of_hundreds(small_tiles):
+    """Logits that nearly reach it: as large as that, not as their tanh."""
+    call = make_call("plain", 60, 60)
+    assert_equals_the_reference(call | {"softcap": 400.0, "key": 100 * call["key"]})
+
+
 def assert_equals_the_reference_in_float64(call):
     length, value_dim = call["query"].shape[2], call["value"].shape[3]
     weights = torch.randn(BATCH, HEADS, length, value_dim), torch.randn(BATCH, HEADS, length)

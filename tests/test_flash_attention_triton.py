@@ -31,7 +31,7 @@ BATCH, HEADS, KEY_HEADS = 2, 2, 1
 REPEATED = {
     "scale", "window of itself", "key lengths", "alibi per row", "wide distance bias", "shared distance bias",
     "memory per row", "causal window", "causal mask", "causal lengths", "causal alibi", "no length",
-    "one-sided window alibi", "causal window alibi per row",
+    "one-sided window alibi", "causal window alibi per row", "clamped distance bias",
 }  # fmt: skip
 
 
