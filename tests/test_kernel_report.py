@@ -201,7 +201,7 @@ def test_every_kernel_compiles_and_fits(tmp_path):
     assert all(int(row["registers"]) > 0 for row in found)
     products = [row for row in found if row["matrix_instruction"] and row["target"] != "gfx942"]
     assert all(int(count) > 10 for row in products for count in row["loops"].split())
-    assert sum(bool(row["loops"]) for row in products) > 0.9 * len(products)
+    assert all(row["loops"] for row in products)
     for operation, target in itertools.product(OPERATIONS, TARGETS):
         kind = operation, target, "True"
         hot = [row for row in found if (row["operation"], row["target"], row["hot"]) == kind]

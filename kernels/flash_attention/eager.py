@@ -186,7 +186,7 @@ def _backward(operands, options, output, lse, grad_output, grad_lse, wanted, bat
             grad_own.baddbmm_(slopes, key)
             grad_key.baddbmm_(slopes.mT, rows)
             if grad_bias is not None and not tile.memory:
-                total, first = grad_bias[tile.start : tile.stop], tile.top + tile.left
+                total, first = grad_bias[tile.start : tile.stop], tile.over_t.start
                 by_row = slopes.view(*total.shape[:2], tile.bottom - tile.top, tile.right - tile.left)
                 if is_far(part, tile):  # all of it belongs to one end of the bias
                     total[..., first] += by_row.flatten(2).sum(-1)

@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .eager_tiles import LOG2_E, TILE, bias_gradients, bias_over_distances, empty_output, weigh
+from .eager_tiles import LOG2_E, TILE, bias_gradients, bias_over_distances, empty_output, exponentiate
 from .operands import UNLIMITED, Gradients, Operands, Options, Wanted
 
 
@@ -94,7 +94,7 @@ def forward(operands: Operands, options: Options) -> tuple[Tensor, Tensor]:
         weights = _logits(band, group, options, buffer)
         maximum = weights.amax(-1, keepdim=True)
         maximum.masked_fill_(maximum == -torch.inf, 0)
-        weigh(weights, maximum, band.biased)
+        exponentiate(weights.sub_(maximum), band.biased)
         total = weights.sum(-1, keepdim=True)
         found = torch.bmm(weights, _windows(band.value, band, group))
         _rows(rows_out, group).copy_(found.div_(total.masked_fill(total == 0, 1)))
@@ -136,7 +136,8 @@ def backward(
         if grad_lse is not None:
             delta = (delta - _rows(grad_lse, group)).to(delta.dtype)
         grad_rows, delta = grad_rows * rest_rows, delta.mul_(rest_rows)
-        weights = weigh(_logits(band, group, options, buffers[0]), _rows(bases, group), band.biased)
+        weights = _logits(band, group, options, buffers[0]).sub_(_rows(bases, group))
+        exponentiate(weights, band.biased)
         slopes = buffers[1, : weights.numel()].view(weights.shape)
         torch.bmm(grad_rows, value.mT, out=slopes)
         _add_windows(grad_value, group, torch.bmm(weights.mT, grad_rows), 1.0)

@@ -77,6 +77,11 @@ class Tile(NamedTuple):
     right: int
     memory: bool
 
+    @property
+    def over_t(self) -> slice:
+        """The t of its rows and keys."""
+        return slice(self.top + self.left, self.bottom - 1 + self.right)
+
 
 def prepare(operands: Operands, options: Options, batch_row: int = 0) -> Part:
     """The operands of equal lengths as a `Part`; `batch_row` is the number of the first batch row (for dropout)."""
@@ -241,13 +246,12 @@ def compute_logits(
     offset = 0.0
     if part.bias is None or tile.memory or (is_far(part, tile) and not part.options.softcap):
         if part.bias is not None and not tile.memory:
-            heads = part.bias[tile.start : tile.stop, :, tile.top + tile.left, None]  # [c, U, 1]
+            heads = part.bias[tile.start : tile.stop, :, tile.over_t.start, None]  # [c, U, 1]
             offset = heads.expand(-1, -1, rows).reshape(*query.shape[:2], 1)
         torch.baddbmm(logits, query, key.mT, beta=0, alpha=factor, out=logits)
     else:
-        over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
         by_row = logits.view(query.shape[0], -1, rows, columns)
-        by_row.copy_(part.bias[tile.start : tile.stop, :, over_t].unfold(-1, columns, 1))
+        by_row.copy_(part.bias[tile.start : tile.stop, :, tile.over_t].unfold(-1, columns, 1))
         logits.baddbmm_(query, key.mT, alpha=factor)
     if part.options.softcap:
         logits.tanh_()
@@ -265,21 +269,14 @@ def hide(part: Part, tile: Tile, logits: Tensor) -> None:
         return
     if part.mask is not None:
         logits.add_(part.mask[tile.start : tile.stop, :, tile.left : tile.right])
-    rows, columns = tile.bottom - tile.top, tile.right - tile.left
-    over_t = slice(tile.top + tile.left, tile.top + tile.left + rows + columns - 1)
+    rows, columns, over_t = tile.bottom - tile.top, tile.right - tile.left, tile.over_t
     if part.edges is not None and (over_t.start < part.first or over_t.stop - 1 > part.last):
         logits.view(logits.shape[0], -1, rows, columns).add_(part.edges[over_t].unfold(-1, columns, 1))
 
 
 def is_far(part: Part, tile: Tile) -> bool:
     """Whether the bias is one number for each head on all of the tile."""
-    first = tile.top + tile.left
-    return tile.bottom - 1 + tile.right - 1 <= part.before or first >= part.behind
-
-
-def weigh(logits: Tensor, base: Tensor, is_low: bool) -> Tensor:
-    """`2^(logits - base)`, in place."""
-    return exponentiate(logits.sub_(base), is_low)
+    return tile.over_t.stop - 1 <= part.before or tile.over_t.start >= part.behind
 
 
 def exponentiate(logits: Tensor, is_low: bool) -> Tensor:
