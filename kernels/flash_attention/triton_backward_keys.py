@@ -86,10 +86,12 @@ def _visit_rows(
     LINE: tl.constexpr = modifiers.line is not None and not CUT and not MEMORY
     b_grad_key, b_grad_value = state
     one, two, num_tiles = count_tiles(ranges, BLOCK_M)
-    # One loop over the heads and their tiles: a loop in a loop takes more registers.
+    # One loop over the heads and their tiles: a loop in a loop takes more registers. The compiler fetches the first
+    # tiles before it asks whether there are any, and to divide by zero would tell it that there are.
+    divisor = tl.maximum(num_tiles, 1)
     for i_step in tl.range(0, GROUP * num_tiles):
-        i_head = i_key_head * GROUP + i_step // num_tiles
-        i_tile = i_step % num_tiles
+        i_head = i_key_head * GROUP + i_step // divisor
+        i_tile = i_step % divisor
         i_batch_head = i_batch * num_heads + i_head
         p_query, p_grad_output = head_pointer(query, i_batch, i_head), head_pointer(grad_output, i_batch, i_head)
         o_head = i_batch_head.to(tl.int64) * num_queries

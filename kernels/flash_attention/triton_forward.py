@@ -94,7 +94,8 @@ def _visit_keys(
     b_output, b_maximum, b_sum = state
     if LINE:
         b_ramp = slope * tl.arange(0, BLOCK_N).to(tl.float32)  # [BLOCK_N]
-        b_shift = slope * (i_position - first_position).to(tl.float32)  # [BLOCK_M]
+        # No product: the compiler would merge some of the sums below with it and not others, which see it rounded.
+        b_shift = tl.fma(slope, (i_position - first_position).to(tl.float32), 0.0)  # [BLOCK_M]
         # The shifted maximum is rounded; sum and output are then relative to what it stands for.
         b_shifted = b_maximum + b_shift
         b_rescale = exponential(b_maximum - (b_shifted - b_shift), PRECISE)  # [BLOCK_M]
