@@ -7,6 +7,7 @@
 #   make matrix   runs what docs/matrix.md is about and writes it anew
 #   make compat   a smoke test of every head at both ends of the supported version ranges
 #   make kernels  compiles every kernel that has changed for each kind of GPU and writes the tables of their resources
+#   make compiled every test of kernels on the code compiled for sm_80 and sm_90, without a GPU (MINUTES minutes)
 #   make gpu      on a machine with a GPU: tests of models and kernels, then benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3
@@ -18,7 +19,7 @@ PEERS  := $(VENV)/.peers-installed
 # constraints.txt pins builds for the CPU: a GPU machine has its own Python with torch, Triton and pytest.
 GPU_PYTHON ?= python3
 
-.PHONY: demo test lint format bench matrix compat kernels gpu
+.PHONY: demo test lint format bench matrix compat kernels compiled gpu
 .DELETE_ON_ERROR:
 
 demo: $(STAMP)
@@ -49,6 +50,10 @@ kernels: $(STAMP)
 	$(RUN) scripts/kernel_report.py --known $(KERNEL_TABLE).csv --csv $(KERNEL_TABLE).csv
 	$(RUN) scripts/kernel_report.py --triton 3.6.0 --hot-only --ignore-spills --targets sm_90 \
 		--known $(KERNEL_TABLE)_oldest_triton.csv --csv $(KERNEL_TABLE)_oldest_triton.csv
+
+compiled: $(STAMP)
+	HF_EFFICIENT_COMPILED_FOR=sm_80 $(RUN) -m pytest -n 2 --dist worksteal tests/test_*_triton*.py
+	HF_EFFICIENT_COMPILED_FOR=sm_90 $(RUN) -m pytest -n 2 --dist worksteal tests/test_*_triton*.py
 
 gpu:
 	$(GPU_PYTHON) -m pytest -n 8 --dist worksteal tests/test_models_gpu.py

@@ -28,11 +28,11 @@ TARGETS = {
 SHARED_MEMORY = {"sm_80": 99 * 1024, "sm_90": 227 * 1024, "gfx942": 64 * 1024}
 
 
-class _Offline:
-    """As much of a Triton driver as a compilation asks for."""
+class OfflineDriver:
+    """As much of a Triton driver as a compilation asks for. `device`: where the tensors of a launch are."""
 
-    def __init__(self, name: str):
-        self.name = name
+    def __init__(self, name: str, device: str = "meta"):
+        self.name, self.device = name, torch.device(device)
 
     def get_current_target(self) -> GPUTarget:
         return TARGETS[self.name]
@@ -44,7 +44,7 @@ class _Offline:
         return 0
 
     def get_active_torch_device(self) -> torch.device:
-        return torch.device("meta")
+        return self.device
 
 
 @contextmanager
@@ -70,7 +70,7 @@ def compiling_for(name: str, known: Mapping[str, Resources] | None = None) -> It
         return kernel
 
     JITFunction.run, triton.compiler.compile = compile_only, compile_unknown
-    driver.set_active(_Offline(name))
+    driver.set_active(OfflineDriver(name))
     try:
         yield compiled
     finally:

@@ -35,6 +35,10 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 
+# `sm_80` or `sm_90`: Triton's kernels run as the code that is compiled for such a GPU, without one (`ptx_driver.py`).
+COMPILED_FOR = os.environ.get("HF_EFFICIENT_COMPILED_FOR")
+if COMPILED_FOR:
+    os.environ["TRITON_INTERPRET"] = "0"
 if not torch.cuda.is_available():  # Triton reads it when a kernel is decorated, that is, when it is imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 if UNDER_XDIST:
@@ -57,6 +61,12 @@ def pytest_addoption(parser):
 
 
 def pytest_configure(config):
+    if COMPILED_FOR:
+        from ptx_driver import executing_for
+
+        compiled = executing_for(COMPILED_FOR)
+        compiled.__enter__()
+        config.add_cleanup(lambda: compiled.__exit__(None, None, None))
     if not hasattr(config, "workerinput"):
         # The page is that of a machine without a GPU.
         page = MatrixPage()
@@ -79,8 +89,12 @@ def pytest_collection():
 
 
 def pytest_runtest_setup(item):
-    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+    if torch.cuda.is_available():
+        return
+    if item.get_closest_marker("gpu"):
         pytest.skip("needs a GPU")
+    if item.get_closest_marker("compiled") and not COMPILED_FOR:
+        pytest.skip("needs a GPU, or HF_EFFICIENT_COMPILED_FOR=sm_80 or sm_90")
 
 
 def pytest_unconfigure(config):

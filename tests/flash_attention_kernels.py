@@ -3,6 +3,7 @@
 import torch
 from flash_attention_cases import DIFFERENTIABLE, in_dtype, make_call, operands_of
 from helpers import assert_within_budget
+from kernel_device import DEVICE
 
 from hf_efficient.kernels.flash_attention import flash_attention
 from hf_efficient.kernels.flash_attention.reference import flash_attention_reference
@@ -10,7 +11,6 @@ from hf_efficient.kernels.flash_attention.reference import flash_attention_refer
 
 # Numbers of a gradient that are too few for their largest error to be typical, and how many losses there are instead.
 FEW, OTHER_LOSSES = 8, 3
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 # Parts of the scale that go to the query. More on a GPU, whose exponentials, powers of two of a rounded product,
 # scatter more than those of a processor.
 FACTORS = (1.0, 0.3, 0.45, 0.7, 1.3) if DEVICE == "cpu" else tuple(0.3 * 1.09**i for i in range(20))

@@ -9,12 +9,10 @@ from unittest.mock import patch
 import numpy as np
 import pytest
 import torch
+from kernel_device import DEVICE, INTERPRETED
 from linear_attention_cases import doubled, empty_state, prefix_sums, reference, several, token_by_token
 
 from hf_efficient.kernels.linear_attention import POINTWISE_FUNCTIONS, LinearAttentionState, linear_attention
-
-
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def on_device(thing):
@@ -50,7 +48,7 @@ def _tf32(data):
 @pytest.fixture
 def tensor_core_products(monkeypatch):
     """bfloat16 and TF32 under the interpreter as they are on a GPU; nothing to do where there is one."""
-    if DEVICE != "cpu":
+    if not INTERPRETED:
         return
     from triton import language as tl
     from triton.runtime import interpreter
@@ -83,7 +81,7 @@ def tensor_core_products(monkeypatch):
 def record_launches(monkeypatch):
     """A list to which each launch that carries sums over segments adds how many, and whether backwards.
 
-    The interpreter is given room for some.
+    A CPU is given room for some.
     """
     from hf_efficient.kernels.linear_attention import triton_segments  # not at the top: there may be no Triton
 
@@ -221,7 +219,7 @@ def plain_computations(dtype, of_sums, orders=6):
     plain = [*several(reference, prefix_sums, orders=orders), token_by_token]
     if of_sums and dtype != torch.float32:
         plain = several(quadratic_with_rounded_products, orders=orders)
-    return plain if DEVICE == "cpu" else [*plain, *map(with_powers_of_two, plain)]
+    return plain if INTERPRETED else [*plain, *map(with_powers_of_two, plain)]
 
 
 def in_double(query, key, value, feature_map, state):

@@ -8,7 +8,6 @@ import pytest
 import torch
 from flash_attention_cases import COMBINATIONS, in_dtype, operands_of
 from flash_attention_kernels import (
-    DEVICE,
     assert_equals_the_definition,
     call_of,
     eager,
@@ -18,6 +17,7 @@ from flash_attention_kernels import (
     weights_of,
 )
 from helpers import assert_within_budget
+from kernel_device import DEVICE, INTERPRETED
 
 from hf_efficient.kernels.flash_attention import flash_attention, merge_attention
 from hf_efficient.kernels.flash_attention.launch_table import FORWARD
@@ -49,7 +49,7 @@ def products_without_an_order(monkeypatch):
     The backward pass forms a logit again from operands in another order. Numpy does not add it up alike on every
     processor (on an EPYC it does not), and of logits of hundreds the last digits decide about a weight.
     """
-    if DEVICE != "cpu":
+    if not INTERPRETED:
         return
     from triton.runtime import interpreter
 
@@ -78,12 +78,17 @@ def test_alibi_in_half_precision(combination, sign, nan_poisoned):
     assert_equals_the_definition(call | {"alibi_slopes": sign * call["alibi_slopes"]})
 
 
-@pytest.mark.skipif(DEVICE != "cpu", reason="replaces the interpreter's tiles by those of a GPU")
 def test_the_log_sum_exp_of_steep_slopes(monkeypatch):
     """Far from a tile's first row the line and the row's shift are large, and their difference is not."""
     monkeypatch.setitem(FORWARD["interpreter"], (16, 64), LaunchConfig({"BLOCK_M": 128, "BLOCK_N": 64}, 1, 1))
-    query, key, value = (torch.randn(1, 2, 300, 16, dtype=torch.float16) for _ in range(3))
-    call = {"query": query, "key": key, "value": value, "causal": True, "alibi_slopes": torch.tensor([0.9, 100.0])}
+    query, key, value = (torch.randn(1, 2, 300, 16, dtype=torch.float16, device=DEVICE) for _ in range(3))
+    call = {
+        "query": query,
+        "key": key,
+        "value": value,
+        "causal": True,
+        "alibi_slopes": torch.tensor([0.9, 100.0], device=DEVICE),
+    }
     exact = reference(in_dtype(call, torch.float64))[1]
     assert_within_budget(kernels(call)[1], exact, eager(call)[1], "lse")
 
@@ -212,7 +217,7 @@ def test_rows_do_not_see_behind_themselves():
 
 def test_tiles_out_of_sight_are_never_touched():
     """The window's cost: a key outside of every row's window may be NaN, and so may whole tiles beside a block."""
-    tile = 16 if DEVICE == "cpu" else 128
+    tile = 16 if INTERPRETED else 128
     keys = 4 * tile + 16
     call = call_of("plain", 16, keys) | {"causal": True, "window": 10}
     expected = kernels(call).output

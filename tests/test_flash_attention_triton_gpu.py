@@ -9,14 +9,15 @@ from hf_efficient.kernels.flash_attention import flash_attention
 
 
 pytest.importorskip("triton")
-pytestmark = pytest.mark.gpu
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("combination", COMBINATIONS)
 def test_bfloat16(combination, nan_poisoned):
     assert_equals_the_definition(call_of(combination, 150, 333, torch.bfloat16, key_heads=2))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [16, 64, 80, 128, 256])
 @pytest.mark.parametrize("combination", ["causal", "causal window distance bias", "decoder with dropout"])
@@ -26,6 +27,7 @@ def test_every_configuration(combination, size, dtype, nan_poisoned, monkeypatch
     assert_equals_the_definition(call_of(combination, 300, 420, dtype, key_heads=2))
 
 
+@pytest.mark.gpu
 def test_more_elements_than_32_bits_count():
     """The last row of the last head, whose offset is over 2³¹."""
     query = torch.randn(1, 2, 2**24 + 64, 64, device=DEVICE, dtype=torch.bfloat16)
@@ -42,6 +44,7 @@ def test_more_elements_than_32_bits_count():
     assert torch.allclose(query.grad[:, :, -64:], tail.grad[:, :, -64:], atol=3e-2)
 
 
+@pytest.mark.gpu
 def test_more_heads_than_a_grid_is_wide():
     """Batch times heads is over 65,535, the limit of a grid's second dimension."""
     query = torch.randn(2048, 40, 5, 16, device=DEVICE, requires_grad=True)

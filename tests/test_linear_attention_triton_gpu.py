@@ -11,7 +11,6 @@ from linear_attention_triton_cases import DEVICE, quadratic_with_rounded_product
 from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 
 
-pytestmark = pytest.mark.gpu
 causal_or_not = pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 
 
@@ -19,6 +18,7 @@ def triton_attention(*arguments, **options):
     return linear_attention(*arguments, backend="triton", **options)
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32], ids=["bf16", "fp16", "fp32"])
 @pytest.mark.parametrize("head_dim, features", [(64, 256), (64, 266), (128, 256), (128, None), (256, 40), (300, 70)])
 @causal_or_not
@@ -27,6 +27,7 @@ def test_shipped_configurations(dtype, head_dim, features, causal, nan_poisoned)
     assert_output_and_gradients(dtype, head_dim, features, causal, (2, 3, 333))
 
 
+@pytest.mark.compiled
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
 @pytest.mark.parametrize("head_dim, features", [(64, 256), (128, None)])
 @causal_or_not
@@ -87,6 +88,7 @@ def compute(dtype, head_dim, features, causal, sizes):
     return found | {part: [gradients[part] for gradients in ways] for part in ways[1]}
 
 
+@pytest.mark.gpu
 def test_more_than_two_to_the_31_elements():
     """The end of a sequence of which the rows before would overflow 32 bits, against a continuation from a state."""
     length, tail = 2**24 + 96, 64
@@ -103,6 +105,7 @@ def test_more_than_two_to_the_31_elements():
     torch.testing.assert_close(end.key_sum, expected_end.key_sum, rtol=1e-4, atol=0)
 
 
+@pytest.mark.gpu
 @causal_or_not
 def test_more_rows_than_a_grid_has_in_its_second_axis(causal):
     feature_map = make_map("softmax", 16)

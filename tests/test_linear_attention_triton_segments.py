@@ -5,8 +5,9 @@ Runs under Triton's interpreter where there is no GPU. Run: pytest tests/test_li
 
 import pytest
 import torch
+from kernel_device import INTERPRETED
 from linear_attention_cases import random_mask
-from linear_attention_triton_cases import DEVICE, on_device, record_launches, triton_attention
+from linear_attention_triton_cases import on_device, record_launches, triton_attention
 from test_linear_attention_triton import assert_output_and_state
 from test_linear_attention_triton_gradients import assert_gradients, make_case
 
@@ -16,7 +17,7 @@ from hf_efficient.kernels.linear_attention.launch_plan import Chunks
 
 pytest.importorskip("triton")
 # Chunks for several segments, and a ragged tail.
-LENGTH = 16 * 5 + 3 if DEVICE == "cpu" else 32 * 26 + 3
+LENGTH = 16 * 5 + 3 if INTERPRETED else 32 * 26 + 3
 
 
 @pytest.mark.parametrize("name, causal", [("softmax", True), ("relu", False)], ids=["causal", "bidirectional"])

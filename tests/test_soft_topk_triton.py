@@ -8,6 +8,7 @@ Run: pytest tests/test_soft_topk_triton.py
 
 import pytest
 import torch
+from kernel_device import DEVICE
 from soft_topk_cases import assert_like_eager, gradients, largest_by_sorting, make_rows, name_of, reference
 
 
@@ -16,7 +17,6 @@ pytest.importorskip("triton")
 from hf_efficient.kernels.soft_topk import soft_topk  # noqa: E402
 
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 SHORT, LONG = 50, 150
 OPTIONS = [
     {"method": "exact", "eps": 0.05},
@@ -166,7 +166,7 @@ def test_double_precision_is_refused():
         soft_topk(torch.randn(2, 9, dtype=torch.float64), 3, backend="triton")
 
 
-@pytest.mark.gpu
+@pytest.mark.compiled
 @every_option
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=["fp32", "fp16", "bf16"])
 @pytest.mark.parametrize("columns", [1000, 4096, 16_384, 16_385, 100_003, 1_048_579])
@@ -176,7 +176,7 @@ def test_every_shipped_configuration(options, dtype, columns):
         compare(logits, k, keep, weights, options, columns // 16)
 
 
-@pytest.mark.gpu
+@pytest.mark.compiled
 def test_sums_to_k_in_single_precision():
     for columns in (4096, 131_073, 1_048_576):
         for eps in (0.02, 0.1, 1.0, 4.0):

@@ -1,0 +1,221 @@
+"""The memories of a GPU: one for all, one for each program. Both say when they are used wrongly.
+
+What lies outside of the tensors that a kernel was given, or is not aligned, is an error, and so is what one warp
+writes to shared memory and another reads or writes with no barrier between, as for NVIDIA's `compute-sanitizer`. What
+is copied beside a program (`cp.async`) arrives when the program waits for it, not before.
+"""
+
+import numpy as np
+import torch
+
+
+GUARD = 4096  # bytes between two tensors
+
+
+class MemoryFault(RuntimeError):
+    """An access that a GPU would not forgive."""
+
+
+class GlobalMemory:
+    """Copies of tensors' storages at addresses of their own; `write_back` gives them what the kernel has written."""
+
+    def __init__(self, tensors):
+        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
+        self.places, end = {}, GUARD
+        for pointer, storage in storages.items():
+            start = -(-end // 256) * 256 + pointer % 256  # Triton's kernels depend on what a pointer is divisible by
+            self.places[pointer] = (start, storage)
+            end = start + storage.nbytes() + GUARD
+        self.bytes = np.full(-(-end // 256) * 256, 0xFF, dtype=np.uint8)
+        self.mapped = np.zeros(self.bytes.size, dtype=bool)
+        for start, storage in self.places.values():
+            self.bytes[start : start + storage.nbytes()] = _numbers(storage)
+            self.mapped[start : start + storage.nbytes()] = True
+        self.views = {size: self.bytes.view(f"u{size}") for size in (1, 2, 4, 8)}
+
+    def address(self, tensor) -> int:
+        start, storage = self.places[tensor.untyped_storage().data_ptr()]
+        return start + tensor.data_ptr() - storage.data_ptr()
+
+    def write_back(self):
+        for start, storage in self.places.values():
+            _numbers(storage)[:] = self.bytes[start : start + storage.nbytes()]
+
+    def check(self, addresses, size, active, text):
+        """Addresses to use: those of idle threads are replaced by a place that is there."""
+        addresses = addresses.astype(np.int64)
+        if active is not None:
+            addresses = np.where(active, addresses, GUARD // 2 // size * size)
+        wrong = (addresses % size != 0) | (addresses < 0) | (addresses + size > self.bytes.size)
+        if not wrong.any():
+            wrong = ~(self.mapped[addresses] & self.mapped[addresses + size - 1])
+            if active is not None:
+                wrong &= active
+        if wrong.any():
+            place = int(np.flatnonzero(wrong)[0])
+            raise MemoryFault(
+                f"thread {place}: {text} at {addresses[place]:#x} is outside of every tensor or not aligned"
+            )
+        return addresses
+
+
+def _numbers(storage):
+    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
+
+
+def _bytes(values):
+    return np.ascontiguousarray(values).view(np.uint8).reshape(len(values), -1)
+
+
+class SharedMemory:
+    """Shared memory of `programs` programs, each of `size` bytes, used by `threads` threads in warps of 32."""
+
+    CELL = 2  # bytes for which accesses are remembered together
+    # In place of a warp: all of them, or several, which have written the same number, or atomic operations.
+    ALL, SEVERAL, ATOMIC = -1, -2, -3
+
+    def __init__(self, programs: int, size: int, threads: int):
+        # What one program has begins at a multiple of the largest pattern in which matrix operands are swizzled.
+        self.limit, self.size = size, -(-max(size, 1) // 1024) * 1024
+        self.bytes = np.full(programs * self.size, 0xFF, dtype=np.uint8)
+        self.views = {width: self.bytes.view(f"u{width}") for width in (1, 2, 4, 8)}
+        cells = self.bytes.size // self.CELL
+        self.base = np.repeat(np.arange(programs, dtype=np.int64) * self.size, threads)
+        self.program = np.repeat(np.arange(programs), threads)
+        self.warp = np.tile(np.arange(threads) // 32, programs)
+        self.epoch = np.zeros(programs, dtype=np.int64)  # how many barriers a program has passed
+        self.fences = np.zeros(programs, dtype=np.int64)
+        self.written = np.full(cells, -1, dtype=np.int64)  # the epoch of the last write of each cell
+        self.writer = np.zeros(cells, dtype=np.int16)
+        self.written_fence = np.full(cells, -1, dtype=np.int64)
+        self.read = np.full(cells, -1, dtype=np.int64)
+        self.reader = np.zeros(cells, dtype=np.int16)
+        self.in_use = np.zeros(cells, dtype=np.int16)  # by matrix products that have not ended
+        self.copies, self.products = [], []
+        self.copy_groups = np.zeros(programs, dtype=np.int64)
+        self.product_groups = np.zeros(programs, dtype=np.int64)
+
+    def locate(self, addresses, size, active, text):
+        """Places among the bytes of all programs, of active threads alone, and which threads those are."""
+        addresses = addresses.astype(np.int64)
+        threads = np.arange(addresses.size) if active is None else np.flatnonzero(active)
+        addresses = addresses[threads]
+        if ((addresses % size != 0) | (addresses < 0) | (addresses + size > self.limit)).any():
+            raise MemoryFault(f"{text}: outside of shared memory or not aligned")
+        return addresses + self.base[threads], threads
+
+    def note_read(self, places, size, threads, text):
+        cells, threads = self._cells(places, size, threads)
+        epoch, warp = self.epoch[self.program[threads]], self.warp[threads]
+        writer = self.writer[cells]
+        wrong = (self.written[cells] == epoch) & (writer != warp) & (writer != self.SEVERAL)
+        if wrong.any():
+            raise MemoryFault(f"race: {text} reads what another warp wrote with no barrier between")
+        several = (self.read[cells] == epoch) & (self.reader[cells] != warp)
+        self.read[cells], self.reader[cells] = epoch, warp
+        # Of warps that read one cell together, numpy keeps the last.
+        self.reader[cells[several | (self.reader[cells] != warp)]] = self.ALL
+
+    def note_write(self, places, size, threads, text, values, copied=False):
+        """Before `values` `[threads, size]` bytes go to `places`. Warps may write the same number to one place."""
+        cells, owners = self._cells(places, size, threads)
+        program = self.program[owners]
+        epoch, warp = self.epoch[program], self.warp[owners]
+        if ((self.read[cells] == epoch) & (self.reader[cells] != warp)).any():
+            raise MemoryFault(f"race: {text} writes what another warp reads with no barrier between")
+        if self.in_use[cells].any():
+            raise MemoryFault(f"race: {text} writes what a matrix product still reads")
+        others = (self.written[cells] == epoch) & (self.writer[cells] != warp)
+        self.written[cells], self.writer[cells] = epoch, warp
+        self.written_fence[cells] = -1 if copied else self.fences[program]
+        index = places[:, None] + np.arange(size)
+        if size >= self.CELL and others.any():
+            old = self.bytes[index]
+            if (old != values)[others.reshape(len(places), -1).any(1)].any():
+                raise MemoryFault(f"race: {text} writes what another warp wrote with no barrier between")
+            self.writer[cells[others]] = self.SEVERAL
+        self.bytes[index] = values
+        lost = (self.bytes[index] != values).any(1)
+        if size >= self.CELL and lost.any():
+            # Threads that hold the same sum may have added it in another order: `fma` of their own part to another's.
+            kept, given = (
+                rows[lost].view(np.float32 if size >= 4 else np.float16) for rows in (self.bytes[index], values)
+            )
+            if not np.allclose(kept, given, rtol=1e-5 if size >= 4 else 1e-3, atol=0, equal_nan=True):
+                raise MemoryFault(f"race: {text} writes different numbers to one place")
+        several = (self.writer[cells] != warp) & (size >= self.CELL)
+        self.writer[cells[several]] = self.SEVERAL
+
+    def note_atomic(self, places, size, threads, text):
+        """Atomic operations may meet each other, and nothing else."""
+        cells, threads = self._cells(places, size, threads)
+        epoch = self.epoch[self.program[threads]]
+        if ((self.written[cells] == epoch) & (self.writer[cells] != self.ATOMIC)).any():
+            raise MemoryFault(f"race: {text} meets what was written with no barrier between")
+        if (self.read[cells] == epoch).any():
+            raise MemoryFault(f"race: {text} meets what was read with no barrier between")
+        self.written[cells], self.writer[cells] = epoch, self.ATOMIC
+
+    def _cells(self, places, size, threads):
+        count = max(size // self.CELL, 1)
+        cells = (places // self.CELL)[:, None] + np.arange(count)
+        return cells.ravel(), np.repeat(threads, count)
+
+    def load(self, addresses, size, active, text, width):
+        """`[threads, size / width]` numbers of `width` bytes."""
+        places, threads = self.locate(addresses, size, active, text)
+        self.note_read(places, size, threads, text)
+        found = np.zeros((addresses.size, size // width), dtype=f"u{width}")
+        found[threads] = self.views[width][(places // width)[:, None] + np.arange(size // width)]
+        return found
+
+    def store(self, addresses, size, active, text, width, values):
+        places, threads = self.locate(addresses, size, active, text)
+        self.note_write(places, size, threads, text, _bytes(values[threads]))
+
+    def barrier(self, programs):
+        self.epoch[programs] += 1
+
+    def copy_later(self, addresses, size, active, text, values):
+        """`cp.async`: until it has been waited for, not-a-number stands there."""
+        places, threads = self.locate(addresses, size, active, text)
+        self.note_write(places, size, threads, text, np.full((len(threads), size), 0xFF, dtype=np.uint8))
+        program = self.program[threads]
+        self.copies.append((places, size, threads, values[threads], self.copy_groups[program], text))
+
+    def wait_for_copies(self, programs, newest):
+        """All but the `newest` groups have arrived."""
+        waiting = np.zeros(self.epoch.size, dtype=bool)
+        waiting[programs] = True
+        kept = []
+        for places, size, threads, values, groups, text in self.copies:
+            program = self.program[threads]
+            ready = waiting[program] & (groups < self.copy_groups[program] - newest)
+            if ready.any():
+                self.note_write(places[ready], size, threads[ready], text, values[ready], copied=True)
+            if not ready.all():
+                rest = ~ready
+                kept.append((places[rest], size, threads[rest], values[rest], groups[rest], text))
+        self.copies = kept
+
+    def use(self, cells, program, text):
+        """A matrix product of a program begins to read these of its cells."""
+        cells = cells + program * (self.size // self.CELL)
+        if (self.written_fence[cells] == self.fences[program]).any():
+            raise MemoryFault(f"{text} reads what was written with no fence.proxy.async between")
+        if (self.written[cells] == self.epoch[program]).any():
+            raise MemoryFault(f"{text} reads what was written with no barrier between")
+        self.in_use[cells] += 1
+        self.products.append((program, self.product_groups[program], cells))
+
+    def wait_for_products(self, programs, newest):
+        waiting = set(programs.tolist())
+        kept = []
+        for program, group, cells in self.products:
+            if int(program) in waiting and group < self.product_groups[program] - newest:
+                self.in_use[cells] -= 1
+                # A warp knows that its part has been read, and of the others only after a barrier.
+                self.read[cells], self.reader[cells] = self.epoch[program], self.ALL
+            else:
+                kept.append((program, group, cells))
+        self.products = kept
