@@ -5,6 +5,7 @@ Runs under Triton's interpreter where there is no GPU. Run: pytest tests/test_li
 
 import pytest
 import torch
+from kernel_device import INTERPRETED
 from linear_attention_cases import (
     MAPS,
     all_gradients,
@@ -23,7 +24,7 @@ from linear_attention_triton_cases import (
     triton_attention,
 )
 
-from hf_efficient.kernels.linear_attention import LinearAttentionState, linear_attention
+from hf_efficient.kernels.linear_attention import FeatureMap, LinearAttentionState, linear_attention
 
 
 pytest.importorskip("triton")
@@ -101,6 +102,18 @@ def test_a_bias_beyond_what_an_exponential_holds(causal):
     *rest, feature_map, state, weights = make_case("optimal-positive", 20, causal=causal, head_dim=16, features=32)
     feature_map = feature_map._replace(bias=feature_map.bias + 95)
     assert_gradients((*rest, feature_map, state, weights), causal=causal)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="a GPU may take products so small for zero")
+@causal_or_not
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_gradient_of_zero_over_a_subnormal_denominator(sign, causal):
+    """It is zero, not what zero times infinity is."""
+    leaves = [torch.full((1, 1, 5, 8), size, requires_grad=True) for size in (sign * 3e-21, 1e-20, 1.0)]
+    output, _ = triton_attention(*leaves, FeatureMap("identity", None, None, 1.0, 0.0, True), causal=causal)
+    assert torch.allclose(output, torch.ones_like(output), atol=1e-3)
+    for gradient in torch.autograd.grad((0 * output).sum(), leaves):
+        assert not gradient.any()
 
 
 @causal_or_not

@@ -42,6 +42,9 @@ except ImportError as error:
     raise ImportError("the Triton path of linear_attention needs Triton") from error
 
 
+LARGEST = tl.constexpr(torch.finfo(torch.float32).max)
+
+
 @triton.jit
 def _outputs(
     p_query, p_key, p_value, p_mask, p_query_normalizers, p_key_normalizers, p_scales, p_states, p_sums, p_maxima,
@@ -117,7 +120,11 @@ def _outputs(
             tl.store(p_running + o_vector + o_rows, b_running, mask=m_rows)
     b_denominator = tl.where(b_denominator == 0, 1.0, b_denominator)
     if i_value == 0:
-        tl.store(p_reciprocals + o_vector + o_rows, 1.0 / b_denominator, mask=m_rows)
+        # What is not finite would make a gradient of zero no number: one by a subnormal number is held below that.
+        b_reciprocals = 1.0 / b_denominator
+        b_reciprocals = tl.where(b_reciprocals == float("inf"), LARGEST, b_reciprocals)
+        b_reciprocals = tl.where(b_reciprocals == float("-inf"), -LARGEST, b_reciprocals)
+        tl.store(p_reciprocals + o_vector + o_rows, b_reciprocals, mask=m_rows)
     o_output = (o_vector + o_rows)[:, None] * num_values + o_values[None, :]  # [CHUNK, BLOCK_VALUES]
     b_output = b_numerator / b_denominator[:, None]  # one over a subnormal denominator would be infinite
     tl.store(p_output + o_output, b_output.to(p_output.dtype.element_ty), mask=m_rows[:, None] & m_values[None, :])
