@@ -46,7 +46,7 @@ class Machine:
         self.translation, self.parameters, self.memory = translation, parameters, memory
         self.program_threads, count = program.threads, len(programs)
         self.threads = program.threads * count
-        self.shared = SharedMemory(count, shared_bytes, program.threads)
+        self.shared = SharedMemory(count, shared_bytes, program.threads, program.shared_cell)
         thread = np.tile(np.arange(program.threads, dtype=np.uint32), count)
         self.lane = thread % np.uint32(32)
         number, (x, y, _) = np.repeat(np.asarray(programs, dtype=np.uint32), program.threads), grid
@@ -143,7 +143,14 @@ class Machine:
     def _add(self, memory, index, active, values):
         """Adds to memory, one thread after the other, and gives what each found there."""
         found = [np.zeros(self.threads, dtype=memory.dtype) for _ in values]
-        for thread in range(self.threads) if active is None else np.flatnonzero(active):
+        threads = np.arange(self.threads) if active is None else np.flatnonzero(active)
+        if np.unique(index[threads]).size == threads.size:  # no two in one place
+            for part, value in enumerate(values):
+                place = index[threads] + part
+                found[part][threads] = memory[place]
+                memory[place] += value[threads]
+            return found
+        for thread in threads:
             for part, value in enumerate(values):
                 found[part][thread] = memory[index[thread] + part]
                 memory[index[thread] + part] += value[thread]

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 from ptx_arithmetic import from_bf16
-from ptx_memory import MemoryFault, SharedMemory
+from ptx_memory import MemoryFault
 
 
 LANE = np.arange(32)
@@ -105,10 +105,10 @@ SWIZZLED_BYTES = {0: 16, 1: 128, 2: 64, 3: 32}
 
 
 @functools.lru_cache(maxsize=4096)
-def _operand_places(descriptor, extent, depth, width, major_is_extent):
+def _operand_places(descriptor, extent, depth, width, major_is_extent, cell):
     """Bytes of shared memory `[extent, depth]` where a descriptor finds an operand, and the cells that these are in.
 
-    `width`: bytes of a number.
+    `width`: bytes of a number; `cell`: of a cell.
 
     `major_is_extent`: whether neighbours along the extent (M or N) lie side by side, not those along the depth.
     """
@@ -128,7 +128,7 @@ def _operand_places(descriptor, extent, depth, width, major_is_extent):
     place = place + start
     if line > 16:  # bits 4 to 6 change with bits 7 to 9, as many as a line has
         place = place ^ ((place >> 7 & (line // 16 - 1)) << 4)
-    return place, np.unique(place // SharedMemory.CELL)
+    return place, np.unique(place // cell)
 
 
 def multiply_group(shared, shape, kind, left, right, sums, keep_sums, transposed, active, text):
@@ -148,7 +148,9 @@ def multiply_group(shared, shape, kind, left, right, sums, keep_sums, transposed
         described = descriptors.reshape(groups, 128)[working]
         if (described != described[:, :1]).any():
             raise MemoryFault(f"{text}: threads of a group have different descriptors")
-        found = [_operand_places(one, extent, depth, width, is_transposed) for one in described[:, 0].tolist()]
+        found = [
+            _operand_places(one, extent, depth, width, is_transposed, shared.cell) for one in described[:, 0].tolist()
+        ]
         places = np.stack([places for places, _ in found])
         if (places < 0).any() or (places + width > shared.limit).any():
             raise MemoryFault(f"{text}: an operand outside of shared memory")

@@ -70,16 +70,16 @@ def _bytes(values):
 class SharedMemory:
     """Shared memory of `programs` programs, each of `size` bytes, used by `threads` threads in warps of 32."""
 
-    CELL = 2  # bytes for which accesses are remembered together
     # In place of a warp: all of them, or several, which have written the same number, or atomic operations.
     ALL, SEVERAL, ATOMIC = -1, -2, -3
 
-    def __init__(self, programs: int, size: int, threads: int):
+    def __init__(self, programs: int, size: int, threads: int, cell: int):
+        self.cell = cell  # bytes for which accesses are remembered together: the fewest that one has, but 2 at least
         # What one program has begins at a multiple of the largest pattern in which matrix operands are swizzled.
         self.limit, self.size = size, -(-max(size, 1) // 1024) * 1024
         self.bytes = np.full(programs * self.size, 0xFF, dtype=np.uint8)
         self.views = {width: self.bytes.view(f"u{width}") for width in (1, 2, 4, 8)}
-        cells = self.bytes.size // self.CELL
+        cells = self.bytes.size // self.cell
         self.base = np.repeat(np.arange(programs, dtype=np.int64) * self.size, threads)
         self.program = np.repeat(np.arange(programs), threads)
         self.warp = np.tile(np.arange(threads) // 32, programs)
@@ -116,35 +116,37 @@ class SharedMemory:
         # Of warps that read one cell together, numpy keeps the last.
         self.reader[cells[several | (self.reader[cells] != warp)]] = self.ALL
 
-    def note_write(self, places, size, threads, text, values, copied=False):
-        """Before `values` `[threads, size]` bytes go to `places`. Warps may write the same number to one place."""
+    def write(self, places, size, threads, text, values, copied=False):
+        """`values` `[threads, size]` bytes to `places`. Warps may write the same number to one place."""
         cells, owners = self._cells(places, size, threads)
         program = self.program[owners]
         epoch, warp = self.epoch[program], self.warp[owners]
         if ((self.read[cells] == epoch) & (self.reader[cells] != warp)).any():
             raise MemoryFault(f"race: {text} writes what another warp reads with no barrier between")
-        if self.in_use[cells].any():
+        if self.products and self.in_use[cells].any():
             raise MemoryFault(f"race: {text} writes what a matrix product still reads")
         others = (self.written[cells] == epoch) & (self.writer[cells] != warp)
         self.written[cells], self.writer[cells] = epoch, warp
         self.written_fence[cells] = -1 if copied else self.fences[program]
-        index = places[:, None] + np.arange(size)
-        if size >= self.CELL and others.any():
-            old = self.bytes[index]
-            if (old != values)[others.reshape(len(places), -1).any(1)].any():
+        unit = min(size, 8)
+        memory, index = self.views[unit], (places // unit)[:, None] + np.arange(size // unit)
+        values = values.view(f"u{unit}")
+        known = size >= self.cell  # of less than a cell, nobody knows which part of it was written
+        if known and others.any():
+            if (memory[index] != values)[others.reshape(len(places), -1).any(1)].any():
                 raise MemoryFault(f"race: {text} writes what another warp wrote with no barrier between")
             self.writer[cells[others]] = self.SEVERAL
-        self.bytes[index] = values
-        lost = (self.bytes[index] != values).any(1)
-        if size >= self.CELL and lost.any():
+        memory[index] = values
+        kept = memory[index]
+        lost = (kept != values).any(1)
+        if known and lost.any():
             # Threads that hold the same sum may have added it in another order: `fma` of their own part to another's.
-            kept, given = (
-                rows[lost].view(np.float32 if size >= 4 else np.float16) for rows in (self.bytes[index], values)
-            )
-            if not np.allclose(kept, given, rtol=1e-5 if size >= 4 else 1e-3, atol=0, equal_nan=True):
+            kind, tolerance = (np.float32, 1e-5) if size >= 4 else (np.float16, 1e-3)
+            pair = kept[lost].view(kind), values[lost].view(kind)
+            if not np.allclose(*pair, rtol=tolerance, atol=0, equal_nan=True):
                 raise MemoryFault(f"race: {text} writes different numbers to one place")
-        several = (self.writer[cells] != warp) & (size >= self.CELL)
-        self.writer[cells[several]] = self.SEVERAL
+        if known:
+            self.writer[cells[self.writer[cells] != warp]] = self.SEVERAL
 
     def note_atomic(self, places, size, threads, text):
         """Atomic operations may meet each other, and nothing else."""
@@ -157,8 +159,8 @@ class SharedMemory:
         self.written[cells], self.writer[cells] = epoch, self.ATOMIC
 
     def _cells(self, places, size, threads):
-        count = max(size // self.CELL, 1)
-        cells = (places // self.CELL)[:, None] + np.arange(count)
+        count = max(size // self.cell, 1)
+        cells = (places // self.cell)[:, None] + np.arange(count)
         return cells.ravel(), np.repeat(threads, count)
 
     def load(self, addresses, size, active, text, width):
@@ -171,7 +173,7 @@ class SharedMemory:
 
     def store(self, addresses, size, active, text, width, values):
         places, threads = self.locate(addresses, size, active, text)
-        self.note_write(places, size, threads, text, _bytes(values[threads]))
+        self.write(places, size, threads, text, _bytes(values[threads]))
 
     def barrier(self, programs):
         self.epoch[programs] += 1
@@ -179,7 +181,7 @@ class SharedMemory:
     def copy_later(self, addresses, size, active, text, values):
         """`cp.async`: until it has been waited for, not-a-number stands there."""
         places, threads = self.locate(addresses, size, active, text)
-        self.note_write(places, size, threads, text, np.full((len(threads), size), 0xFF, dtype=np.uint8))
+        self.write(places, size, threads, text, np.full((len(threads), size), 0xFF, dtype=np.uint8))
         program = self.program[threads]
         self.copies.append((places, size, threads, values[threads], self.copy_groups[program], text))
 
@@ -192,7 +194,7 @@ class SharedMemory:
             program = self.program[threads]
             ready = waiting[program] & (groups < self.copy_groups[program] - newest)
             if ready.any():
-                self.note_write(places[ready], size, threads[ready], text, values[ready], copied=True)
+                self.write(places[ready], size, threads[ready], text, values[ready], copied=True)
             if not ready.all():
                 rest = ~ready
                 kept.append((places[rest], size, threads[rest], values[rest], groups[rest], text))
@@ -200,7 +202,7 @@ class SharedMemory:
 
     def use(self, cells, program, text):
         """A matrix product of a program begins to read these of its cells."""
-        cells = cells + program * (self.size // self.CELL)
+        cells = cells + program * (self.size // self.cell)
         if (self.written_fence[cells] == self.fences[program]).any():
             raise MemoryFault(f"{text} reads what was written with no fence.proxy.async between")
         if (self.written[cells] == self.epoch[program]).any():

@@ -31,6 +31,7 @@ class Program:
     threads: int
     rank: list[int] = field(default_factory=list)  # of each block: those behind go on first where threads part
     local_bytes: int = 0
+    shared_cell: int = 4  # bytes of the smallest access to shared memory, but 2 at least
     symbols: dict[str, int] = field(default_factory=dict)
 
 
@@ -111,6 +112,8 @@ def parse(ptx: str) -> Program:
                 if instruction.operation in ("bra", "ret"):
                     program.blocks.append([])
     program.rank = _rank(program)
+    if re.search(r"\b(?:ld|st)\.shared(?:\.v\d)?\.[bus](?:8|16)\b", body):
+        program.shared_cell = 2
     return program
 
 
