@@ -142,8 +142,9 @@ class SharedMemory:
         if known and lost.any():
             # Threads that hold the same sum may have added it in another order: `fma` of their own part to another's.
             kind, tolerance = (np.float32, 1e-5) if size >= 4 else (np.float16, 1e-3)
-            pair = kept[lost].view(kind), values[lost].view(kind)
-            if not np.allclose(*pair, rtol=tolerance, atol=0, equal_nan=True):
+            kept, given = kept[lost].view(kind), values[lost].view(kind)
+            largest = np.max(np.abs(given), where=np.isfinite(given), initial=0)
+            if not np.allclose(kept, given, rtol=0, atol=tolerance * largest, equal_nan=True):
                 raise MemoryFault(f"race: {text} writes different numbers to one place")
         if known:
             self.writer[cells[self.writer[cells] != warp]] = self.SEVERAL

@@ -134,7 +134,9 @@ def test_strides_and_expanded_gradients(causal):
         output, _ = triton_attention(*leaves, feature_map, causal=causal)
         gradients.append(torch.autograd.grad(output.sum(), leaves))
     for viewed, copied in zip(*gradients, strict=True):
-        assert torch.equal(viewed, copied)
+        if INTERPRETED:  # a GPU adds up in an order that depends on how the tiles lie in memory
+            assert torch.equal(viewed, copied)
+        torch.testing.assert_close(viewed, copied, rtol=1e-4, atol=1e-5)
         assert viewed.any()
 
 

@@ -67,7 +67,7 @@ def _visit_rows(
     num_queries,
     first_column,
     modifiers,
-    GROUP: tl.constexpr,
+    group,
     D: tl.constexpr,
     V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -86,12 +86,11 @@ def _visit_rows(
     LINE: tl.constexpr = modifiers.line is not None and not CUT and not MEMORY
     b_grad_key, b_grad_value = state
     one, two, num_tiles = count_tiles(ranges, BLOCK_M)
-    # One loop over the heads and their tiles: a loop in a loop takes more registers. The compiler fetches the first
-    # tiles before it asks whether there are any, and to divide by zero would tell it that there are.
-    divisor = tl.maximum(num_tiles, 1)
-    for i_step in tl.range(0, GROUP * num_tiles):
-        i_head = i_key_head * GROUP + i_step // divisor
-        i_tile = i_step % divisor
+    # One loop over the tiles and their heads: a loop in a loop takes more registers. With the tiles inside one would
+    # divide by their number: the compiler concludes that there are some, and fetches the first two before it asks.
+    for i_step in tl.range(0, group * num_tiles):
+        i_head = i_key_head * group + i_step % group
+        i_tile = i_step // group
         i_batch_head = i_batch * num_heads + i_head
         p_query, p_grad_output = head_pointer(query, i_batch, i_head), head_pointer(grad_output, i_batch, i_head)
         o_head = i_batch_head.to(tl.int64) * num_queries
@@ -159,7 +158,7 @@ def flash_attention_backward_keys_kernel(
     num_key_heads,
     num_batch,
     split_rows,
-    GROUP: tl.constexpr,
+    group,
     MEMORY: tl.constexpr,
     D: tl.constexpr,
     V: tl.constexpr,
@@ -218,15 +217,15 @@ def flash_attention_backward_keys_kernel(
         whole = (full_start, near_start, near_end, full_end, 0, 0)
         first_column = num_memory
 
-    num_heads = num_key_heads * GROUP
+    num_heads = num_key_heads * group
     state = _visit_rows(
         state, b_key, b_value, first_key, i_key, query, grad_output, p_row_lse, p_delta, cut, counted_queries, offset,
-        i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
+        i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, group,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_M, True, MEMORY, False,
     )  # fmt: skip
     b_grad_key, b_grad_value = _visit_rows(
         state, b_key, b_value, first_key, i_key, query, grad_output, p_row_lse, p_delta, whole, counted_queries,
-        offset, i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, GROUP,
+        offset, i_batch, i_key_head, num_heads, num_queries, first_column, modifiers, group,
         D, V, BLOCK_D, BLOCK_V, PRECISION, BLOCK_M, False, MEMORY, modifiers.distance_bias is not None and not MEMORY,
     )  # fmt: skip
 
@@ -300,7 +299,7 @@ def _launch(
         key_heads,
         batch,
         split_rows,
-        GROUP=heads // key_heads,
+        heads // key_heads,
         MEMORY=memory,
         D=head_size,
         V=value_size,

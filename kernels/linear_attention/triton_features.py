@@ -144,10 +144,9 @@ def load_logits(
         b_logits = b_logits.to(tl.float32) * scale
     if HAS_BIAS:
         b_bias = tl.load(p_bias + o_features, mask=m_features, other=0.0)  # [BLOCK_FEATURES]
-        if TRANSPOSED:
-            b_logits += b_bias[:, None]
-        else:
-            b_logits += b_bias[None, :]
+        b_bias = b_bias[:, None] if TRANSPOSED else b_bias[None, :]
+        # No plain sum: the compiler would begin the product with the bias, and round each of its steps to such digits.
+        b_logits = tl.fma(b_logits, 1.0, b_bias)
     return b_logits
 
 
