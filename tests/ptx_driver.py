@@ -42,6 +42,7 @@ def executing_for(name: str) -> Iterator[None]:
         raise ValueError(f"HF_EFFICIENT_COMPILED_FOR must be one of {', '.join(TARGETS)}, got {name!r}")
     offline = load_script("offline_compiler")
     compile_only, add_stages, set_up = JITFunction.run, CUDABackend.add_stages, CUDABackend.__init__
+    own_hash = CUDABackend.hash
 
     def without_machine_code(self, stages, *arguments, **options):
         add_stages(self, stages, *arguments, **options)
@@ -50,6 +51,10 @@ def executing_for(name: str) -> Iterator[None]:
     def set_up_for_ptx(self, *arguments, **options):
         set_up(self, *arguments, **options)
         self.binary_ext = "ptx"
+
+    def hash_of_ptx(self):
+        """Triton keeps what it compiled on the disk: without machine code it must not be found by others."""
+        return f"{own_hash(self)} up to PTX"
 
     def launch(self, *arguments, grid, warmup, **options):
         kernel = compile_only(self, *arguments, grid=grid, warmup=True, **options)
@@ -68,6 +73,7 @@ def executing_for(name: str) -> Iterator[None]:
         patch.object(JITFunction, "run", launch),
         patch.object(CUDABackend, "add_stages", without_machine_code),
         patch.object(CUDABackend, "__init__", set_up_for_ptx),
+        patch.object(CUDABackend, "hash", hash_of_ptx),
         patch.object(backend, "_triton_problem", _problem),
     ):
         driver.set_active(offline.OfflineDriver(name, device="cpu"))

@@ -12,12 +12,10 @@ from helpers import run_python
 pytest.importorskip("triton")
 # Each kernel at least once, products in half precision and float32, and what an interpreter has no eye for.
 CHOSEN = {
-    "test_flash_attention_triton.py": (
-        "half_precision and (decoder or one-sided) or steep_slopes or test_kernels_are_the_definition and encoder"
-    ),
+    "test_flash_attention_triton.py": "one-sided and half or steep_slopes or definition and (encoder or decoder)",
     "test_linear_attention_triton.py": "low_precision and softmax or decoding and softmax and not epsilon",
-    "test_linear_attention_triton_gradients.py": "test_every_map and (optimal or relu)",
-    "test_linear_attention_triton_segments.py": "test_output_state_and_gradients",
+    "test_linear_attention_triton_gradients.py": "test_every_map and causal and (optimal or squared)",
+    "test_linear_attention_triton_segments.py": "test_output_state_and_gradients and causal",
     "test_soft_topk_triton.py": "test_within_budget and masked and fp16 or test_every_shipped and 16385 and bf16",
 }
 
@@ -29,8 +27,7 @@ def test_as_compiled(file, target):
     environment = {"HF_EFFICIENT_COMPILED_FOR": target, "TRITON_INTERPRET": None}
     arguments = ("-m", "pytest", "-q", "--no-header", "-p", "no:cacheprovider", f"tests/{file}", "-k", CHOSEN[file])
     printed = run_python(*arguments, environment=environment, timeout=600)
-    assert int(re.search(r"(\d+) passed", printed)[1]) >= 2, printed
-    assert "skipped" not in printed, printed
+    assert re.search(r"^[1-9]\d* passed, \d+ deselected", printed, re.MULTILINE), printed
 
 
 def test_an_unknown_target_is_refused():
