@@ -7,7 +7,7 @@
 #   make matrix   runs what docs/matrix.md is about and writes it anew
 #   make compat   a smoke test of every head at both ends of the supported version ranges
 #   make kernels  compiles every kernel that has changed for each kind of GPU and writes the tables of their resources
-#   make compiled every test of kernels on the code compiled for sm_80 and sm_90, without a GPU (about an hour)
+#   make compiled every test of kernels on the code compiled for sm_80 and sm_90, without a GPU (long)
 #   make gpu      on a machine with a GPU: tests of models and kernels, then benchmarks, rows to docs/benchmarks/gpu.csv
 
 PYTHON ?= python3

@@ -62,8 +62,11 @@ def pytest_addoption(parser):
 
 def pytest_configure(config):
     if COMPILED_FOR:
-        from ptx_driver import executing_for
+        from ptx_driver import TARGETS, executing_for
 
+        if COMPILED_FOR not in TARGETS or torch.cuda.is_available():
+            found = f"{COMPILED_FOR!r}{' beside a GPU' if torch.cuda.is_available() else ''}"
+            raise pytest.UsageError(f"HF_EFFICIENT_COMPILED_FOR must be one of {', '.join(TARGETS)}, got {found}")
         compiled = executing_for(COMPILED_FOR)
         compiled.__enter__()
         config.add_cleanup(lambda: compiled.__exit__(None, None, None))

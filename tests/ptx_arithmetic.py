@@ -35,7 +35,7 @@ def fma(a, b, c):
     """Rounded once to float32 but for one in 2^29, where the sum in float64 is rounded before."""
     if a.dtype == f64:
         return a * b + c  # numpy has no fused one
-    return (a.astype(f64) * b + c).astype(f32)
+    return (a.astype(f64) * b + c).astype(a.dtype)
 
 
 def divide(a, b):
@@ -63,7 +63,8 @@ def shift_right(a, count):
 def extract_bits(a, start, length):
     """`bfe`: `length` bits from `start` on; the sign of the last one fills the rest of a signed number."""
     bits = a.dtype.itemsize * 8
-    start, length = np.asarray(start) & 255, np.asarray(length) & 255
+    start, length = np.minimum(np.asarray(start) & 255, bits), np.asarray(length) & 255
+    length = np.minimum(length, bits - start)
     unsigned = np.dtype(f"u{a.dtype.itemsize}").type
     raw = shift_right(a.view(unsigned), start)
     raw = np.where(length < bits, raw & (shift_left(np.ones_like(raw), length) - unsigned(1)), raw)
@@ -88,7 +89,7 @@ def permute_bytes(a, b, selector):
 
 
 def to_integer(whole, kind):
-    """A whole number in a float as an integer, held within its type's range; what is not a number gives zero."""
+    """A whole number in a float as an integer, held within its type's range; zero for NaN, whatever PTX gives."""
     bounds = np.iinfo(kind)
     inside = (whole >= float(bounds.min)) & (whole < float(bounds.max))
     found = np.where(inside, whole, 0).astype(kind)

@@ -39,7 +39,7 @@ def executing_for(name: str) -> Iterator[None]:
         ValueError: there is no such target.
     """
     if name not in TARGETS:
-        raise ValueError(f"HF_EFFICIENT_COMPILED_FOR must be one of {', '.join(TARGETS)}, got {name!r}")
+        raise ValueError(f"name must be one of {', '.join(TARGETS)}, got {name!r}")
     offline = load_script("offline_compiler")
     compile_only, add_stages, set_up = JITFunction.run, CUDABackend.add_stages, CUDABackend.__init__
     own_hash = CUDABackend.hash
@@ -65,6 +65,8 @@ def executing_for(name: str) -> Iterator[None]:
         sizes = (*(grid(bound.arguments) if callable(grid) else grid), 1, 1)[:3]
         kinds = kernel.src.signature.items()
         given = [part for key, kind in kinds for part in _parts(bound.arguments[key], kind)]
+        if kernel.metadata.shared > offline.SHARED_MEMORY[name]:
+            raise RuntimeError(f"{kernel.metadata.name} needs {kernel.metadata.shared} bytes of shared memory")
         if min(sizes) > 0:
             ptx_machine.launch(kernel.asm["ptx"], kernel.metadata.shared, sizes, given)
         return kernel

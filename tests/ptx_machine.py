@@ -30,7 +30,10 @@ def launch(ptx: bytes | str, shared_bytes: int, grid: tuple[int, int, int], argu
         translation = _translations[ptx] = Translation(program)
     memory = GlobalMemory([value for value in arguments if isinstance(value, torch.Tensor)])
     values = [memory.address(value) if isinstance(value, torch.Tensor) else value for value in arguments]
-    values += [0] * (len(translation.program.parameters) - len(values))  # Triton adds two for scratch memory
+    missing = len(translation.program.parameters) - len(values)
+    if missing not in (0, 2):
+        raise ValueError(f"a kernel of {len(translation.program.parameters)} parameters got {len(values)}")
+    values += [0] * missing  # the two that Triton adds, for scratch memory
     total = grid[0] * grid[1] * grid[2]
     step = max(THREADS_AT_ONCE // translation.program.threads, 1)
     for start in range(0, total, step):
@@ -189,6 +192,11 @@ class Machine:
         self.shared.fences[self.programs_of(active)] += 1
 
     # A warp together
+
+    def whole_warps(self, active, text):
+        of_each = active.reshape(-1, 32)
+        if (of_each.any(1) != of_each.all(1)).any():
+            raise RuntimeError(f"{text}: a part of a warp")
 
     def shuffle(self, mode, value, offset, clamp):
         """`shfl`: the number of another lane, or one's own where that is outside of the segment."""

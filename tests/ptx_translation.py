@@ -5,11 +5,28 @@ which those are. What it returns says where they go: nothing (on to the next blo
 predicate and the number for those of whom it is true.
 """
 
+import re
+
 from ptx_operands import Operands, parts_of, size_of
 from ptx_program import Instruction, Program
 
 
 END = 1 << 30  # the block of those who are done
+# What may stand behind an operation besides types and shapes: of any other form nothing is known here.
+_FORMS = {
+    "abs": "ftz", "add": "rn ftz", "and": "", "atom": "acq_rel relaxed sys gpu global shared add", "bar": "sync warp",
+    "bfe": "", "bra": "uni", "copysign": "", "cp": "async ca cg global shared wait_group commit_group",
+    "cvt": "ftz rmi rn rpi rzi", "cvta": "local", "div": "full rn", "ex2": "approx ftz",
+    "fence": "proxy async shared_cta", "fma": "ftz rn", "ld": "global param shared",
+    "ldmatrix": "aligned m8n8 shared sync trans", "mad": "lo wide", "max": "relu", "min": "relu",
+    "mma": "aligned col row sync", "mov": "", "mul": "lo rn wide ftz", "neg": "", "not": "", "or": "", "popc": "",
+    "prmt": "", "rcp": "approx ftz", "redux": "add max sync", "rem": "", "ret": "", "selp": "",
+    "setp": "eq ge geu gt le leu lt ltu ne neu num", "shfl": "bfly idx sync up", "shl": "", "shr": "",
+    "sqrt": "approx ftz", "st": "global shared shared_cta", "stmatrix": "aligned m8n8 shared sync", "sub": "ftz rn",
+    "wgmma": "aligned mma_async sync fence commit_group wait_group", "xor": "",
+}  # fmt: skip
+FORMS = {operation: frozenset(words.split()) for operation, words in _FORMS.items()}
+TYPE_OR_SHAPE = re.compile(r"[busf](?:8|16|32|64)|bf16|bf16x2|f16x2|pred|tf32|m64n\d+k\d+|m16n8k\d+|v[24]|x[124]")
 FLOATS = ("f16", "bf16", "f32", "f64")
 TO_WHOLE = {"rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
 
@@ -35,10 +52,11 @@ class Translation(Operands):
         return self.functions[key]
 
     def translate(self, one: Instruction):
-        method = getattr(self, f"on_{one.operation}", None)
-        if method is None:
+        known = FORMS.get(one.operation)
+        words = [word for word in one.modifiers if not TYPE_OR_SHAPE.fullmatch(word)]
+        if known is None or not known.issuperset(words):
             raise NotImplementedError(f"PTX instruction {one.text}")
-        method(one)
+        getattr(self, f"on_{one.operation}")(one)
 
     # Arithmetic
 
@@ -235,8 +253,6 @@ class Translation(Operands):
 
     def on_atom(self, one):
         space, kind = self.space(one), one.modifiers[-1]
-        if "add" not in one.modifiers:
-            raise NotImplementedError(f"PTX instruction {one.text}")
         targets, address, values = one.operands
         values = [f"M.full({self.read(name, kind)})" for name in parts_of(values)]
         self.lines.append(
@@ -261,17 +277,28 @@ class Translation(Operands):
     # Threads together
 
     def on_bar(self, one):
-        if "warp" not in one.modifiers:  # the threads of a warp are together anyway
+        if one.operands == ["-1"]:  # of a warp
+            self.together(one)
+        elif one.operands != ["0"]:
+            raise NotImplementedError(f"PTX instruction {one.text}")
+        else:
             self.lines.append(f"M.barrier({self.active(one)})")
 
     def on_fence(self, one):
         self.lines.append(f"M.fence({self.active(one)})")
 
+    def together(self, one):
+        """Adds the line that asks for all threads of each warp that is there."""
+        if self.masked:
+            self.lines.append(f"M.whole_warps({self.active(one)}, {self.text(one)})")
+
     def on_shfl(self, one):
+        self.together(one)
         value, offset, clamp = (f"M.full({self.read(operand, 'u32')})" for operand in one.operands[1:4])
         self.put(one, one.operands[0], f"M.shuffle('{one.modifiers[1]}', {value}, {offset}, {clamp})")
 
     def on_redux(self, one):
+        self.together(one)
         kind = one.modifiers[-1]
         value = self.read(one.operands[1], kind)
         self.write(one, one.operands[0], f"M.reduce('{one.modifiers[1]}', {value})", kind)
@@ -281,6 +308,7 @@ class Translation(Operands):
             self.put(one, name, f"t[{place}]")
 
     def on_mma(self, one):
+        self.together(one)
         *_, shape, _, _, _, kind, _, _ = one.modifiers
         operands = ", ".join(map(self.registers_of, one.operands[1:]))
         self.lines.append(f"t = M.multiply('{shape}', '{kind}', {operands})")
@@ -310,6 +338,7 @@ class Translation(Operands):
             self.multiply_group(one)
 
     def multiply_group(self, one):
+        self.together(one)
         *_, shape, _, kind, _ = one.modifiers
         sums, left, right, keep, *signs = one.operands
         transposed = [flag == "1" for flag in signs[2:]]  # of an operand in registers, or of TF32, nothing is said

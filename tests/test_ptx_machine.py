@@ -76,6 +76,7 @@ def test_every_program_writes_its_own_part():
         ("rem.s32 %r4, %r5, 7;", lambda x: torch.fmod(x, 7)),
         ("min.relu.s32 %r4, %r5, 9;", lambda x: x.clamp(0, 9)),
         ("bfe.s32 %r4, %r5, 3, 4;", lambda x: ((x >> 3) & 15) - 16 * ((x >> 6) & 1)),
+        ("bfe.s32 %r4, %r5, 28, 8;", lambda x: x >> 28),
         ("prmt.b32 %r4, %r5, 0, 0x4123U;", lambda x: x_with_bytes_turned(x)),
         ("selp.b32 %r4, %r5, 3, %p1;", lambda x: torch.full_like(x, 3)),
         ("mov.b32 {%rs1, %rs2}, %r5;\nmov.b32 %r4, {%rs2, %rs1};", lambda x: (x << 16) | ((x >> 16) & 0xFFFF)),
@@ -175,8 +176,18 @@ def test_what_goes_wrong_in_shared_memory(after, fault):
 
 
 def test_warps_may_write_the_same_number_to_one_place():
-    body = "mov.b32 %r2, 16;\nst.shared.b32 [%r2], 7;\nbar.sync 0;\nld.shared.b32 %r4, [%r2];\n"
-    assert (result_of(body) == 7).all()
+    """And read it: each has written it itself. A third, which has not, waits for a barrier."""
+    body = "mov.b32 %r2, 16;\n{which}st.shared.b32 [%r2], 7;\nld.shared.b32 %r4, [%r2];\n"
+    assert (result_of(body.format(which="")) == 7).all()
+    two = "setp.lt.u32 %p1, %r1, 64;\n@%p1 "
+    with pytest.raises(MemoryFault, match="reads what another warp wrote"):
+        run("mov.u32 %r1, %tid.x;\n" + body.format(which=two) + STORE, torch.zeros(96), threads=96)
+
+
+def test_integers_that_differ_are_no_rounding():
+    body = "mov.b32 %r2, 16;\nshr.u32 %r3, %r1, 5;\nadd.s32 %r3, %r3, 1000000;\nst.shared.b32 [%r2], %r3;\n"
+    with pytest.raises(MemoryFault, match="writes different numbers"):
+        result_of(body + "bar.sync 0;\nld.shared.b32 %r4, [%r2];\n")
 
 
 def test_a_tensor_ends_where_it_ends():
@@ -248,6 +259,22 @@ def test_a_product_reads_what_was_fenced():
         run(PRODUCT.format(between=FENCE, after="") + "st.shared.b32 [%r2], 0;" + STORE, out, threads=128)
 
 
-def test_an_unknown_instruction_is_named():
-    with pytest.raises(NotImplementedError, match="tcgen05"):
-        run("tcgen05.alloc.b32 [%r1], 32;", torch.zeros(1))
+@pytest.mark.parametrize(
+    "instruction",
+    [
+        "tcgen05.alloc.b32 [%r1], 32;", "mul.hi.s32 %r1, %r2, %r3;", "max.NaN.f32 %r1, %r2, %r3;",
+        "cvt.rni.f32.f32 %r1, %r2;", "cvt.rn.relu.f16.f32 %rs1, %r2;", "add.sat.f32 %r1, %r2, %r3;",
+        "shfl.sync.down.b32 %r1, %r2, 1, 31, -1;", "bar.sync 1, 32;", "fence.acq_rel.gpu ;",
+        "ld.const.b32 %r1, [%rd1];", "cp.async.bulk.commit_group ;", "setp.lt.ftz.f32 %p1, %r1, %r2;",
+    ],
+    ids=lambda instruction: instruction.split()[0],
+)  # fmt: skip
+def test_an_unknown_form_is_named(instruction):
+    with pytest.raises(NotImplementedError, match=instruction.split()[0]):
+        run(instruction, torch.zeros(1))
+
+
+def test_a_part_of_a_warp_is_refused_where_it_takes_all():
+    body = "setp.lt.u32 %p1, %r1, 5;\n@%p1 bra $out;\nredux.sync.add.s32 %r4, %r1, -1;\n$out:\nadd.s32 %r4, %r4, 1;\n"
+    with pytest.raises(RuntimeError, match="redux.*a part of a warp"):
+        result_of(body)
