@@ -146,7 +146,7 @@ class SharedMemory:
             kept, given = kept[lost].view(kind), values[lost].view(kind)
             largest = np.max(np.abs(given), where=np.isfinite(given), initial=0)
             # What would be so small as a float is an integer.
-            floats = ((kept == given) | (np.abs(given) > 1e-30) | (given == 0)).all() or size < 4
+            floats = ((kept == given) | (np.abs(given) > 1e-30) | ~np.isfinite(given) | (given == 0)).all() or size < 4
             if not floats or not np.allclose(kept, given, rtol=0, atol=tolerance * largest, equal_nan=True):
                 raise MemoryFault(f"race: {text} writes different numbers to one place")
 
