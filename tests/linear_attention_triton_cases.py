@@ -11,6 +11,7 @@ import pytest
 import torch
 from kernel_device import DEVICE, INTERPRETED
 from linear_attention_cases import doubled, empty_state, prefix_sums, reference, several, token_by_token
+from ptx_arithmetic import from_bf16, to_bf16, to_tf32
 
 from hf_efficient.kernels.linear_attention import POINTWISE_FUNCTIONS, LinearAttentionState, linear_attention
 
@@ -32,19 +33,6 @@ def triton_attention(query, key, value, feature_map, **options):
     return output.cpu(), LinearAttentionState(*(part.cpu() for part in state))
 
 
-def _bits_to_float(data):
-    return (data.astype(np.uint32) << 16).view(np.float32)
-
-
-def _float_to_bits(data):
-    bits = np.ascontiguousarray(data, dtype=np.float32).view(np.uint32).astype(np.uint64)
-    return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
-
-
-def _tf32(data):
-    return (np.ascontiguousarray(data, dtype=np.float32).view(np.uint32) & np.uint32(0xFFFFE000)).view(np.float32)
-
-
 @pytest.fixture
 def tensor_core_products(monkeypatch):
     """bfloat16 and TF32 under the interpreter as they are on a GPU; nothing to do where there is one."""
@@ -59,17 +47,17 @@ def tensor_core_products(monkeypatch):
     def cast(self, source, target):
         types = source.dtype.scalar, target.scalar
         if types == (tl.bfloat16, tl.float32):
-            return interpreter.TensorHandle(_bits_to_float(source.data), tl.float32)
+            return interpreter.TensorHandle(from_bf16(source.data), tl.float32)
         if types == (tl.float32, tl.bfloat16):
-            return interpreter.TensorHandle(_float_to_bits(source.data), tl.bfloat16)
+            return interpreter.TensorHandle(to_bf16(source.data), tl.bfloat16)
         return plain_cast(self, source, target)
 
     def dot(self, a, b, accumulator, input_precision, _):
         left, right = (
-            _bits_to_float(t.data) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32) for t in (a, b)
+            from_bf16(t.data) if t.dtype.scalar == tl.bfloat16 else t.data.astype(np.float32) for t in (a, b)
         )
         if a.dtype.scalar == tl.float32 and "TF32" in str(input_precision):
-            left, right = _tf32(left), _tf32(right)
+            left, right = to_tf32(left), to_tf32(right)
         return interpreter.TensorHandle(np.matmul(left, right) + accumulator.data, accumulator.dtype.scalar)
 
     monkeypatch.setattr(builder, "cast_impl", cast)

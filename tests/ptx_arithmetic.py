@@ -31,6 +31,11 @@ def to_bf16(x):
     return np.where(np.isnan(x), u16(0x7FFF), rounded)
 
 
+def to_tf32(x):
+    """Without the digits that a matrix product in TF32 does not see."""
+    return (np.ascontiguousarray(x, dtype=f32).view(u32) & u32(0xFFFFE000)).view(f32)
+
+
 def fma(a, b, c):
     """Rounded once to float32 but for one in 2^29, where the sum in float64 is rounded before."""
     if a.dtype == f64:

@@ -21,6 +21,7 @@ def launch(ptx: bytes | str, shared_bytes: int, grid: tuple[int, int, int], argu
     """Runs all programs of a launch. `arguments`: numbers and tensors of the CPU, in the order of the parameters.
 
     Raises:
+        ValueError: there are too few or too many arguments.
         MemoryFault: the code reads or writes where it may not, or races with itself.
         NotImplementedError: it has an instruction that Triton is not known to write.
     """
@@ -193,10 +194,11 @@ class Machine:
 
     # A warp together
 
-    def whole_warps(self, active, text):
-        of_each = active.reshape(-1, 32)
+    def together(self, active, threads, text):
+        """Asks for all threads of each warp, or group of four, of which some are there."""
+        of_each = active.reshape(-1, threads)
         if (of_each.any(1) != of_each.all(1)).any():
-            raise RuntimeError(f"{text}: a part of a warp")
+            raise RuntimeError(f"{text}: a part of {threads} threads")
 
     def shuffle(self, mode, value, offset, clamp):
         """`shfl`: the number of another lane, or one's own where that is outside of the segment."""

@@ -7,7 +7,7 @@ float32 from operands as the instruction sees them (TF32 without its last 13 bit
 import functools
 
 import numpy as np
-from ptx_arithmetic import from_bf16
+from ptx_arithmetic import from_bf16, to_tf32
 from ptx_memory import MemoryFault
 
 
@@ -46,16 +46,18 @@ def _sums(columns):
 
 
 def _numbers(bits, kind):
-    """Registers `[…]` of 32 bits as float32 `[…, numbers in one]`."""
+    """Numbers of two or four bytes as float32."""
     if kind == "tf32":
-        return (bits & np.uint32(0xFFFFE000)).view(np.float32)[..., None]
-    halves = np.ascontiguousarray(bits).view(np.uint16).reshape(*bits.shape, 2)
-    return from_bf16(halves) if kind == "bf16" else halves.view(np.float16).astype(np.float32)
+        return to_tf32(bits.view(np.float32))
+    return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
 
 
 def _matrix(registers, fragment, shape, kind):
     """`[warps, *shape]` from registers of all threads."""
-    held = _numbers(np.stack(registers).reshape(len(registers), -1, 32), kind)  # [registers, warps, lanes, numbers]
+    bits = np.stack(registers).view("u4" if kind == "tf32" else "u2")
+    held = _numbers(bits, kind).reshape(
+        len(registers), -1, 32, 4 // bits.itemsize
+    )  # [registers, warps, lanes, numbers]
     row, column = _fragment(fragment)
     matrix = np.empty((held.shape[1], *shape), dtype=np.float32)
     matrix[:, np.broadcast_to(row, column.shape), column] = held.transpose(1, 0, 2, 3)
@@ -139,7 +141,7 @@ def multiply_group(shared, shape, kind, left, right, sums, keep_sums, transposed
     width, depth = (4, 8) if kind == "tf32" else (2, 16)
     columns = 2 * len(sums)
     if shape != f"m64n{columns}k{depth}":
-        raise NotImplementedError(f"{text}")
+        raise NotImplementedError(f"PTX instruction {text}")
     groups = sums[0].size // 128
     programs = shared.program[::128]
     working = np.arange(groups) if active is None else np.flatnonzero(active[::128])
@@ -157,10 +159,7 @@ def multiply_group(shared, shape, kind, left, right, sums, keep_sums, transposed
         places = places + (programs[working] * shared.size)[:, None, None]
         for program, (_, cells) in zip(programs[working], found, strict=True):
             shared.use(cells, program, text)
-        bits = shared.views[width][places // width]
-        if kind == "tf32":
-            return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-        return from_bf16(bits) if kind == "bf16" else bits.view(np.float16).astype(np.float32)
+        return _numbers(shared.views[width][places // width], kind)
 
     if isinstance(left, list):
         a = _matrix(left, f"A{depth}", (16, depth), kind).reshape(groups, 64, depth)[working]

@@ -32,7 +32,7 @@ class Program:
     rank: list[int] = field(default_factory=list)  # of each block: those behind go on first where threads part
     local_bytes: int = 0
     shared_cell: int = 4  # bytes of the smallest access to shared memory, but 2 at least
-    symbols: dict[str, int] = field(default_factory=dict)
+    symbols: set[str] = field(default_factory=set)  # names of local memory, which begins at zero
 
 
 def _split(text: str) -> list:
@@ -90,7 +90,7 @@ def parse(ptx: str) -> Program:
         elif text:
             text = " ".join(text.split())
             declared = re.fullmatch(r"\.reg \.(\w+) (.*)", text)
-            local = re.fullmatch(r"\.local \.align (\d+) \.b8 (\w+)\[(\d+)\]", text)
+            local = re.fullmatch(r"\.local \.align \d+ \.b8 (\w+)\[(\d+)\]", text)
             if declared:
                 kind, names = declared.groups()
                 for name in names.split(","):
@@ -104,8 +104,10 @@ def parse(ptx: str) -> Program:
                     else:
                         program.registers[name] = kind
             elif local:
-                program.symbols[local[2]] = 0
-                program.local_bytes = int(local[3])
+                if program.symbols:
+                    raise ValueError(f"a second piece of local memory: {text!r}")
+                program.symbols.add(local[1])
+                program.local_bytes = int(local[2])
             elif text:
                 instruction = _instruction(text, {name: new for names in scope for name, new in names.items()})
                 program.blocks[-1].append(instruction)

@@ -13,7 +13,7 @@ from ptx_program import Instruction, Program
 
 END = 1 << 30  # the block of those who are done
 # What may stand behind an operation besides types and shapes: of any other form nothing is known here.
-_FORMS = {
+FORMS = {
     "abs": "ftz", "add": "rn ftz", "and": "", "atom": "acq_rel relaxed sys gpu global shared add", "bar": "sync warp",
     "bfe": "", "bra": "uni", "copysign": "", "cp": "async ca cg global shared wait_group commit_group",
     "cvt": "ftz rmi rn rpi rzi", "cvta": "local", "div": "full rn", "ex2": "approx ftz",
@@ -25,7 +25,13 @@ _FORMS = {
     "sqrt": "approx ftz", "st": "global shared shared_cta", "stmatrix": "aligned m8n8 shared sync", "sub": "ftz rn",
     "wgmma": "aligned mma_async sync fence commit_group wait_group", "xor": "",
 }  # fmt: skip
-FORMS = {operation: frozenset(words.split()) for operation, words in _FORMS.items()}
+TEMPLATES = {
+    "abs": "np.abs({0})", "add": "{0} + {1}", "and": "{0} & {1}", "copysign": "np.copysign({1}, {0})", "cvta": "{0}",
+    "div": "divide({0}, {1})", "ex2": "np.exp2({0})", "fma": "fma({0}, {1}, {2})", "neg": "-{0}", "not": "~{0}",
+    "or": "{0} | {1}", "popc": "np.bitwise_count({0}).astype(u32)", "prmt": "permute_bytes({0}, {1}, {2})",
+    "rcp": "1 / {0}", "rem": "{0} - divide({0}, {1}) * {1}", "sqrt": "np.sqrt({0})", "sub": "{0} - {1}",
+    "xor": "{0} ^ {1}",
+}  # fmt: skip
 TYPE_OR_SHAPE = re.compile(r"[busf](?:8|16|32|64)|bf16|bf16x2|f16x2|pred|tf32|m64n\d+k\d+|m16n8k\d+|v[24]|x[124]")
 FLOATS = ("f16", "bf16", "f32", "f64")
 TO_WHOLE = {"rzi": "np.trunc", "rmi": "np.floor", "rpi": "np.ceil"}
@@ -54,9 +60,12 @@ class Translation(Operands):
     def translate(self, one: Instruction):
         known = FORMS.get(one.operation)
         words = [word for word in one.modifiers if not TYPE_OR_SHAPE.fullmatch(word)]
-        if known is None or not known.issuperset(words):
+        if known is None or not set(known.split()).issuperset(words):
             raise NotImplementedError(f"PTX instruction {one.text}")
-        getattr(self, f"on_{one.operation}")(one)
+        if one.operation in TEMPLATES:
+            self.compute(one, TEMPLATES[one.operation])
+        else:
+            getattr(self, f"on_{one.operation}")(one)
 
     # Arithmetic
 
@@ -69,12 +78,6 @@ class Translation(Operands):
             values = [f"flush({value})" for value in values]
             template = f"flush({template})"
         self.write(one, one.operands[0], template.format(*values), kind)
-
-    def on_add(self, one):
-        self.compute(one, "{0} + {1}")
-
-    def on_sub(self, one):
-        self.compute(one, "{0} - {1}")
 
     def on_mul(self, one):
         if "wide" in one.modifiers:
@@ -96,21 +99,6 @@ class Translation(Operands):
         values += [self.read(operand, wide) for operand in one.operands[3:]]
         self.write(one, one.operands[0], template.format(*values), wide)
 
-    def on_fma(self, one):
-        self.compute(one, "fma({0}, {1}, {2})")
-
-    def on_div(self, one):
-        self.compute(one, "divide({0}, {1})")
-
-    def on_rem(self, one):
-        self.compute(one, "{0} - divide({0}, {1}) * {1}")
-
-    def on_neg(self, one):
-        self.compute(one, "-{0}")
-
-    def on_abs(self, one):
-        self.compute(one, "np.abs({0})")
-
     def on_min(self, one):
         self.least_or_greatest(one, "min")
 
@@ -125,30 +113,6 @@ class Translation(Operands):
             template = f"np.maximum({template}, {self.read('0', kind)})"
         self.compute(one, template)
 
-    def on_copysign(self, one):
-        self.compute(one, "np.copysign({1}, {0})")  # the sign of the first operand
-
-    def on_ex2(self, one):
-        self.compute(one, "np.exp2({0})")
-
-    def on_rcp(self, one):
-        self.compute(one, "1 / {0}")
-
-    def on_sqrt(self, one):
-        self.compute(one, "np.sqrt({0})")
-
-    def on_and(self, one):
-        self.compute(one, "{0} & {1}")
-
-    def on_or(self, one):
-        self.compute(one, "{0} | {1}")
-
-    def on_xor(self, one):
-        self.compute(one, "{0} ^ {1}")
-
-    def on_not(self, one):
-        self.compute(one, "~{0}")
-
     def on_shl(self, one):
         self.compute(one, "shift_left({0}, {1})", [one.modifiers[-1], "u32"])
 
@@ -157,12 +121,6 @@ class Translation(Operands):
 
     def on_bfe(self, one):
         self.compute(one, "extract_bits({0}, {1}, {2})", [one.modifiers[-1], "u32", "u32"])
-
-    def on_popc(self, one):
-        self.compute(one, "np.bitwise_count({0}).astype(u32)")
-
-    def on_prmt(self, one):
-        self.compute(one, "permute_bytes({0}, {1}, {2})")
 
     def on_selp(self, one):
         kind = one.modifiers[-1]
@@ -180,12 +138,8 @@ class Translation(Operands):
         if isinstance(target, list):
             bits = 8 * size_of(kind) // len(target)
             for place, name in enumerate(target):
-                self.write(
-                    one,
-                    name,
-                    f"({self.read(source, kind)} >> {kind_of(kind)}({place * bits})).astype(u{bits})",
-                    f"b{bits}",
-                )
+                part = f"({self.read(source, kind)} >> {kind_of(kind)}({place * bits})).astype(u{bits})"
+                self.write(one, name, part, f"b{bits}")
         elif isinstance(source, list):
             bits, whole = 8 * size_of(kind) // len(source), kind_of(kind)
             parts = [
@@ -215,9 +169,6 @@ class Translation(Operands):
         else:
             converted = f"({value}).astype({to})"
         self.write(one, target, converted, to)
-
-    def on_cvta(self, one):
-        self.compute(one, "{0}")
 
     # Memory
 
@@ -287,10 +238,10 @@ class Translation(Operands):
     def on_fence(self, one):
         self.lines.append(f"M.fence({self.active(one)})")
 
-    def together(self, one):
-        """Adds the line that asks for all threads of each warp that is there."""
+    def together(self, one, threads=32):
+        """Adds the line that asks for all threads of each warp that is there, or group of four warps."""
         if self.masked:
-            self.lines.append(f"M.whole_warps({self.active(one)}, {self.text(one)})")
+            self.lines.append(f"M.together({self.active(one)}, {threads}, {self.text(one)})")
 
     def on_shfl(self, one):
         self.together(one)
@@ -338,7 +289,7 @@ class Translation(Operands):
             self.multiply_group(one)
 
     def multiply_group(self, one):
-        self.together(one)
+        self.together(one, 128)
         *_, shape, _, kind, _ = one.modifiers
         sums, left, right, keep, *signs = one.operands
         transposed = [flag == "1" for flag in signs[2:]]  # of an operand in registers, or of TF32, nothing is said

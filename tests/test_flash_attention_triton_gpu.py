@@ -1,4 +1,7 @@
-"""What only a GPU can say of the kernels: bfloat16, the configurations that ship, sizes beyond 32-bit offsets."""
+"""What only compiled kernels show: bfloat16, the configurations that ship; and, on a GPU, sizes beyond 32-bit offsets.
+
+Run: HF_EFFICIENT_COMPILED_FOR=sm_90 pytest tests/test_flash_attention_triton_gpu.py, or on a GPU
+"""
 
 import pytest
 import torch

@@ -1,6 +1,6 @@
-"""linear_attention on a GPU: shipped configurations at real sizes, bfloat16, more than 2³¹ elements, large grids.
+"""linear_attention compiled: shipped configurations, bfloat16; and, on a GPU, more than 2³¹ elements, large grids.
 
-Run: pytest tests/test_linear_attention_triton_gpu.py
+Run: HF_EFFICIENT_COMPILED_FOR=sm_90 pytest tests/test_linear_attention_triton_gpu.py, or on a GPU
 """
 
 import pytest

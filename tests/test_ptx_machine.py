@@ -276,5 +276,5 @@ def test_an_unknown_form_is_named(instruction):
 
 def test_a_part_of_a_warp_is_refused_where_it_takes_all():
     body = "setp.lt.u32 %p1, %r1, 5;\n@%p1 bra $out;\nredux.sync.add.s32 %r4, %r1, -1;\n$out:\nadd.s32 %r4, %r4, 1;\n"
-    with pytest.raises(RuntimeError, match="redux.*a part of a warp"):
+    with pytest.raises(RuntimeError, match="redux.*a part of 32 threads"):
         result_of(body)

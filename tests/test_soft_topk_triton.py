@@ -1,4 +1,4 @@
-"""soft_topk's kernels against the definition: by the interpreter on rows of a few blocks, and on a GPU at full size.
+"""soft_topk's kernels against the definition: by the interpreter on rows of a few blocks, and compiled at full size.
 
 Under the interpreter a row of more than 64 logits is long: it has a shortlist, up to five splits of several blocks
 each, and a ragged end.
