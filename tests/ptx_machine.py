@@ -4,6 +4,8 @@ It shows what the interpreter cannot: that the compiled code is right, with the 
 some programs go through it together, an instruction at a time; where they part, those furthest behind go on first.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 import ptx_matrix
 import torch
@@ -14,17 +16,28 @@ from ptx_translation import END, Translation
 
 
 THREADS_AT_ONCE = 4096
+GRID_LIMITS = (2**31 - 1, 65_535, 65_535)
 _translations: dict[bytes | str, Translation] = {}
 
 
-def launch(ptx: bytes | str, shared_bytes: int, grid: tuple[int, int, int], arguments: list) -> None:
-    """Runs all programs of a launch. `arguments`: numbers and tensors of the CPU, in the order of the parameters.
+def launch(
+    ptx: bytes | str,
+    shared_bytes: int,
+    grid: tuple[int, int, int],
+    arguments: list,
+    programs: Sequence[int] | None = None,
+) -> None:
+    """Runs all programs of a launch, or some. `arguments`: numbers and tensors of the CPU, as the parameters are.
+
+    `programs`: numbers of those to run, the first axis of the grid being the one that changes fastest.
 
     Raises:
-        ValueError: there are too few or too many arguments.
+        ValueError: there are too few or too many arguments, or programs along an axis.
         MemoryFault: the code reads or writes where it may not, or races with itself.
         NotImplementedError: it has an instruction that Triton is not known to write.
     """
+    if any(size > limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
+        raise ValueError(f"grid must have at most {GRID_LIMITS} programs, got {grid}")
     translation = _translations.get(ptx)
     if translation is None:
         program = parse(ptx if isinstance(ptx, str) else ptx.decode())
@@ -35,10 +48,10 @@ def launch(ptx: bytes | str, shared_bytes: int, grid: tuple[int, int, int], argu
     if missing not in (0, 2):
         raise ValueError(f"a kernel of {len(translation.program.parameters)} parameters got {len(values)}")
     values += [0] * missing  # the two that Triton adds, for scratch memory
-    total = grid[0] * grid[1] * grid[2]
+    programs = range(grid[0] * grid[1] * grid[2]) if programs is None else programs
     step = max(THREADS_AT_ONCE // translation.program.threads, 1)
-    for start in range(0, total, step):
-        Machine(translation, values, grid, range(start, min(start + step, total)), memory, shared_bytes).run()
+    for start in range(0, len(programs), step):
+        Machine(translation, values, grid, programs[start : start + step], memory, shared_bytes).run()
     memory.write_back()
 
 

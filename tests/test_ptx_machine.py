@@ -40,13 +40,13 @@ COPY = """
 """
 
 
-def run(body, *arguments, threads=THREADS, grid=(1, 1, 1), shared=4096):
+def run(body, *arguments, threads=THREADS, grid=(1, 1, 1), shared=4096, programs=None):
     """A launch of what is between the braces of a kernel."""
     kinds = ["u64" if isinstance(argument, torch.Tensor) else "u32" for argument in arguments]
     parameters = ",\n".join(f"\t.param .{kind} kernel_param_{place}" for place, kind in enumerate(kinds))
     registers = ".reg .pred %p<9>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<99>;\n.reg .b64 %rd<9>;\n"
     text = f".visible .entry kernel(\n{parameters}\n)\n.reqntid {threads}\n{{\n{registers}{body}\n}}\n"
-    launch(text, shared, grid, list(arguments))
+    launch(text, shared, grid, list(arguments), programs)
 
 
 def result_of(computation, x=None, dtype=torch.int32):
@@ -65,6 +65,15 @@ def test_every_program_writes_its_own_part():
     run(body + STORE, out, grid=(5, 1, 2))
     assert torch.equal(out[: 5 * THREADS], torch.arange(5 * THREADS, dtype=torch.int32) + 7)
     assert not out[5 * THREADS :].any()
+    out.zero_()
+    run(body + STORE, out, grid=(5, 1, 2), programs=[1, 8])
+    assert set((out.nonzero().squeeze(1) // THREADS).tolist()) == {1, 3}
+
+
+@pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65_536, 1), (1, 1, 65_536)])
+def test_a_grid_that_no_gpu_takes_is_refused(grid):
+    with pytest.raises(ValueError, match=r"grid must have at most \(2147483647, 65535, 65535\) programs, got"):
+        run("ret;", grid=grid)
 
 
 @pytest.mark.parametrize(
@@ -190,6 +199,13 @@ def test_integers_that_differ_are_no_rounding():
         result_of(body + "bar.sync 0;\nld.shared.b32 %r4, [%r2];\n")
 
 
+@pytest.fixture(params=[False, True], ids=["copied", "in place"])
+def of_any_size(request, monkeypatch):
+    if request.param:
+        monkeypatch.setattr("ptx_memory.IN_PLACE", 1)
+
+
+@pytest.mark.usefixtures("of_any_size")
 def test_a_tensor_ends_where_it_ends():
     """One thread too many, a place between two numbers, and threads that are held back from either."""
     with pytest.raises(MemoryFault, match="outside of every tensor"):
@@ -201,11 +217,22 @@ def test_a_tensor_ends_where_it_ends():
     assert result_of(guarded, x).tolist() == [*range(64, 73), *[3] * (THREADS - 9)]
 
 
+@pytest.mark.usefixtures("of_any_size")
 def test_a_view_begins_where_it_begins():
     whole = torch.zeros(THREADS + 8, dtype=torch.int32)
     run("mov.u32 %r1, %tid.x;\nadd.s32 %r4, %r1, 1;" + STORE, whole[4:-4])
     assert torch.equal(whole[4:-4], torch.arange(THREADS, dtype=torch.int32) + 1)
     assert not whole[:4].any() and not whole[-4:].any()
+
+
+def test_a_large_tensor_beside_a_small_one():
+    """Of 4 GiB that nobody has written, the end alone."""
+    large, x = torch.empty(2**30, dtype=torch.int32), torch.arange(THREADS, dtype=torch.int32)
+    load = "ld.param.b64 %rd4, [kernel_param_1];\nmul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd6, %rd4, %rd5;\n"
+    run("mov.u32 %r1, %tid.x;\n" + load + "ld.global.b32 %r4, [%rd6];\n" + STORE, large[-THREADS:], x)
+    assert torch.equal(large[-THREADS:], x)
+    with pytest.raises(MemoryFault, match="outside of every tensor"):
+        run("mov.u32 %r1, %tid.x;\n" + STORE, large[1 - THREADS :], x)
 
 
 def test_a_copy_arrives_when_it_is_waited_for():
