@@ -9,7 +9,9 @@ from collections.abc import Sequence
 import numpy as np
 import ptx_matrix
 import torch
-from ptx_memory import GlobalMemory, SharedMemory
+from ptx_global_memory import GlobalMemory
+from ptx_meetings import WARP_BITS, key_of
+from ptx_memory import SharedMemory
 from ptx_operands import STORAGE
 from ptx_program import parse
 from ptx_translation import END, Translation
@@ -32,17 +34,19 @@ def launch(
     `programs`: numbers of those to run, the first axis of the grid being the one that changes fastest.
 
     Raises:
-        ValueError: there are too few or too many arguments, or programs along an axis.
+        ValueError: there are too few or too many arguments, or programs along an axis of the grid.
         MemoryFault: the code reads or writes where it may not, or races with itself.
         NotImplementedError: it has an instruction that Triton is not known to write.
     """
-    if any(size > limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
-        raise ValueError(f"grid must have at most {GRID_LIMITS} programs, got {grid}")
+    if any(not 1 <= size <= limit for size, limit in zip(grid, GRID_LIMITS, strict=True)):
+        raise ValueError(f"grid must have 1 to {GRID_LIMITS} programs, got {grid}")
     translation = _translations.get(ptx)
     if translation is None:
         program = parse(ptx if isinstance(ptx, str) else ptx.decode())
         translation = _translations[ptx] = Translation(program)
-    memory = GlobalMemory([value for value in arguments if isinstance(value, torch.Tensor)])
+    tensors = {place: value for place, value in enumerate(arguments) if isinstance(value, torch.Tensor)}
+    written = [tensors[place] for place in translation.program.written if place in tensors]
+    memory = GlobalMemory(tensors.values(), written, translation.program.written_cell)
     values = [memory.address(value) if isinstance(value, torch.Tensor) else value for value in arguments]
     missing = len(translation.program.parameters) - len(values)
     if missing not in (0, 2):
@@ -51,14 +55,17 @@ def launch(
     programs = range(grid[0] * grid[1] * grid[2]) if programs is None else programs
     step = max(THREADS_AT_ONCE // translation.program.threads, 1)
     for start in range(0, len(programs), step):
-        Machine(translation, values, grid, programs[start : start + step], memory, shared_bytes).run()
+        Machine(translation, values, grid, programs[start : start + step], start, memory, shared_bytes).run()
     memory.write_back()
 
 
 class Machine:
-    """Some programs of a launch, from their first instruction to the last. The methods are for translated code."""
+    """Some programs of a launch, from their first instruction to the last. The methods are for translated code.
 
-    def __init__(self, translation, parameters, grid, programs, memory, shared_bytes):
+    `programs` are their numbers in the grid; so many ran `before`.
+    """
+
+    def __init__(self, translation, parameters, grid, programs, before, memory, shared_bytes):
         program = translation.program
         self.translation, self.parameters, self.memory = translation, parameters, memory
         self.program_threads, count = program.threads, len(programs)
@@ -66,9 +73,10 @@ class Machine:
         self.shared = SharedMemory(count, shared_bytes, program.threads, program.shared_cell)
         thread = np.tile(np.arange(program.threads, dtype=np.uint32), count)
         self.lane = thread % np.uint32(32)
-        number, (x, y, _) = np.repeat(np.asarray(programs, dtype=np.uint32), program.threads), grid
-        self.special = {"tid.x": thread, "ctaid.x": number % x}
-        self.special |= {"ctaid.y": number // x % y, "ctaid.z": number // (x * y)}
+        self.own_keys = key_of(self.shared.program + before, 0, self.shared.warp)
+        number, (x, y, _) = np.asarray(programs, dtype=np.int64)[self.shared.program], grid
+        places = {"ctaid.x": number % x, "ctaid.y": number // x % y, "ctaid.z": number // (x * y)}
+        self.special = {name: place.astype(np.uint32) for name, place in places.items()} | {"tid.x": thread}
         self.local = np.zeros((self.threads, program.local_bytes), dtype=np.uint8)
         zeros = {kind: np.zeros(self.threads, kind.replace("u", "uint")) for kind in set(STORAGE.values())}
         self.registers = [zeros[STORAGE[kind]] for kind in program.registers.values()]
@@ -116,15 +124,15 @@ class Machine:
 
     # Memory
 
+    def who(self):
+        """A key for each thread: of its program, its warp, and how many barriers it has passed."""
+        return self.own_keys + (self.shared.epoch[self.shared.program] << WARP_BITS)
+
     def load_global(self, addresses, size, active, text, width):
-        addresses = self.memory.check(addresses, size, active, text)
-        return self.memory.views[width][(addresses // width)[:, None] + np.arange(size // width)]
+        return self.memory.load(addresses, size, active, text, width, self.who)
 
     def store_global(self, addresses, size, active, text, width, values):
-        addresses = self.memory.check(addresses, size, active, text)
-        if active is not None:
-            addresses, values = addresses[active], values[active]
-        self.memory.views[width][(addresses // width)[:, None] + np.arange(size // width)] = values
+        self.memory.store(addresses, size, active, text, width, values, self.who)
 
     def load_shared(self, addresses, size, active, text, width):
         return self.shared.load(addresses, size, active, text, width)
@@ -145,9 +153,7 @@ class Machine:
         )
 
     def add_global(self, addresses, active, text, kind, values):
-        width = np.dtype(kind).itemsize
-        addresses = self.memory.check(addresses, width * len(values), active, text)
-        return self._add(self.memory.views[width].view(kind), addresses // width, active, values)
+        return self._add(*self.memory.add(addresses, active, text, kind, len(values), self.who), active, values)
 
     def add_shared(self, addresses, active, text, kind, values):
         width = np.dtype(kind).itemsize
@@ -182,8 +188,7 @@ class Machine:
         if not np.isin(given[active], (0, size)).all():
             raise NotImplementedError(f"{text} of a part")
         reading = active & (given == size)
-        addresses = self.memory.check(source, size, reading, text)
-        values = self.memory.bytes[addresses[:, None] + np.arange(size)]
+        values = self.memory.load(source, size, reading, text, 1, self.who)
         values[~reading] = 0
         self.shared.copy_later(target, size, active, text, values)
 

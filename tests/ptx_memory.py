@@ -1,101 +1,14 @@
-"""The memories of a GPU: one for all, one for each program. Both say when they are used wrongly.
+"""The memory that each program has for itself, and what a GPU would not forgive.
 
-What lies outside of the tensors that a kernel was given, or is not aligned, is an error, and so is what one warp
-writes to shared memory and another reads or writes with no barrier between, as for NVIDIA's `compute-sanitizer`. What
-is copied beside a program (`cp.async`) arrives when the program waits for it, not before.
+What one warp writes to shared memory and another reads or writes with no barrier between is an error, as for NVIDIA's
+`compute-sanitizer`. What is copied beside a program (`cp.async`) arrives when the program waits for it, not before.
 """
 
-import ctypes
-
 import numpy as np
-import torch
-
-
-GUARD = 4096  # bytes between two tensors
-ALIGNMENT = 256
-IN_PLACE = 1 << 30  # bytes from which on a storage is not copied
 
 
 class MemoryFault(RuntimeError):
     """An access that a GPU would not forgive."""
-
-
-class GlobalMemory:
-    """Copies of tensors' storages at addresses of their own; `write_back` gives them what the kernel has written.
-
-    What is too large to copy is used where it is: of a storage that nobody has written, only what a kernel touches
-    takes memory.
-    """
-
-    def __init__(self, tensors):
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}
-        self.large = [(pointer, one.nbytes()) for pointer, one in storages.items() if one.nbytes() >= IN_PLACE]
-        places, end = {}, GUARD
-        for pointer, storage in storages.items():
-            if storage.nbytes() < IN_PLACE:
-                # Triton's kernels depend on what a pointer is divisible by.
-                places[pointer] = -(-end // ALIGNMENT) * ALIGNMENT + pointer % ALIGNMENT
-                end = places[pointer] + storage.nbytes() + GUARD
-        size = -(-end // ALIGNMENT) * ALIGNMENT
-        self.copies = np.full(size + ALIGNMENT, 0xFF, dtype=np.uint8)
-        self.start = -(-self.copies.ctypes.data // ALIGNMENT) * ALIGNMENT
-        copies = self.copies[self.start - self.copies.ctypes.data :][:size]
-        self.mapped = np.zeros(size, dtype=bool)
-        self.places = {}
-        for pointer, place in places.items():
-            copy = copies[place : place + storages[pointer].nbytes()]
-            copy[:] = _numbers(storages[pointer])
-            self.mapped[place : place + copy.size] = True
-            self.places[pointer] = self.start + place, copy, storages[pointer]
-        # Addresses are those of this process, relative to the lowest in use.
-        self.origin = min([self.start, *(pointer for pointer, _ in self.large)]) // ALIGNMENT * ALIGNMENT
-        last = max([self.start + size, *(sum(one) for one in self.large)])
-        self.span = -(-(last - self.origin) // ALIGNMENT) * ALIGNMENT
-        self.bytes = _memory(self.origin, self.span)
-        self.views = {width: self.bytes.view(f"u{width}") for width in (1, 2, 4, 8)}
-        self.start -= self.origin
-        self.large = [(pointer - self.origin, size) for pointer, size in self.large]
-
-    def address(self, tensor) -> int:
-        pointer = tensor.untyped_storage().data_ptr()
-        place = self.places[pointer][0] if pointer in self.places else pointer
-        return place - self.origin + tensor.data_ptr() - pointer
-
-    def write_back(self):
-        for _, copy, storage in self.places.values():
-            _numbers(storage)[:] = copy
-
-    def check(self, addresses, size, active, text):
-        """Addresses to use: those of idle threads are replaced by a place that is there."""
-        addresses = addresses.astype(np.int64)
-        if active is not None:
-            addresses = np.where(active, addresses, self.start + GUARD // 2 // size * size)
-        wrong = (addresses % size != 0) | (addresses < 0) | (addresses + size > self.span)
-        if not wrong.any():
-            places = addresses - self.start
-            if self.large:
-                places = np.where((places >= 0) & (places + size <= self.mapped.size), places, 0)
-            known = self.mapped[places] & self.mapped[places + size - 1]
-            for start, length in self.large:
-                known |= (addresses >= start) & (addresses + size <= start + length)
-            wrong = ~known
-            if active is not None:
-                wrong &= active
-        if wrong.any():
-            place = int(np.flatnonzero(wrong)[0])
-            raise MemoryFault(
-                f"thread {place}: {text} at {addresses[place]:#x} is outside of every tensor or not aligned"
-            )
-        return addresses
-
-
-def _memory(address, size):
-    """All that lies there as an array, whoever it belongs to."""
-    return np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(address))
-
-
-def _numbers(storage):
-    return torch.empty(0, dtype=torch.uint8).set_(storage).numpy()
 
 
 def _bytes(values):

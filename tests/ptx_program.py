@@ -33,6 +33,8 @@ class Program:
     local_bytes: int = 0
     shared_cell: int = 4  # bytes of the smallest access to shared memory, but 2 at least
     symbols: set[str] = field(default_factory=set)  # names of local memory, which begins at zero
+    written: set[int] = field(default_factory=set)  # parameters that lead to what is written in global memory
+    written_cell: int = 16  # bytes of the smallest write there
 
 
 def _split(text: str) -> list:
@@ -116,7 +118,47 @@ def parse(ptx: str) -> Program:
     program.rank = _rank(program)
     if re.search(r"\b(?:ld|st)\.shared(?:\.v\d)?\.[bus](?:8|16)\b", body):
         program.shared_cell = 2
+    _find_written(program)
     return program
+
+
+def _find_written(program: Program):
+    """From which parameters the addresses of writes to global memory are computed.
+
+    They may have been in shared or local memory, which counts as one place; in global memory there are none.
+    """
+    numbers = {name: number for number, (_, name) in enumerate(program.parameters)}
+    sources: dict[str, set[int]] = {name: set() for name in [*program.registers, "memory"]}
+    instructions = [one for block in program.blocks for one in block]
+
+    def names_in(operands) -> list[str]:
+        return [name for name in re.findall(r"%[\w@]+", str(operands)) if name in sources]
+
+    def sources_of(names) -> set[int]:
+        return set().union(*(sources[name] for name in names))
+
+    changed = True
+    while changed:
+        changed = False
+        for one in instructions:
+            targets, found = names_in(one.operands[:1]), sources_of(names_in(one.operands[1:]))
+            if one.operation in ("ld", "ldmatrix"):
+                found = sources["memory"]
+                if "param" in one.modifiers:
+                    found = {numbers[one.operands[1].strip("[]")]}
+                elif "global" in one.modifiers:
+                    found = set()
+            elif one.operation in ("st", "stmatrix"):
+                targets = [] if "global" in one.modifiers else ["memory"]
+            elif one.operation in ("atom", "red", "cp", "bar", "bra"):
+                continue
+            for name in targets:
+                changed |= not found <= sources[name]
+                sources[name] |= found
+    for one in instructions:
+        if one.operation in ("st", "atom", "red") and "global" in one.modifiers:
+            program.written |= sources_of(names_in(one.operands[one.operation == "atom"]))
+            program.written_cell = min(program.written_cell, int(one.modifiers[-1].lstrip("busf")) // 8)
 
 
 def _successors(program: Program) -> list[list[int]]:

@@ -20,8 +20,8 @@ FORMS = {
     "fence": "proxy async shared_cta", "fma": "ftz rn", "ld": "global param shared",
     "ldmatrix": "aligned m8n8 shared sync trans", "mad": "lo wide", "max": "relu", "min": "relu",
     "mma": "aligned col row sync", "mov": "", "mul": "lo rn wide ftz", "neg": "", "not": "", "or": "", "popc": "",
-    "prmt": "", "rcp": "approx ftz", "redux": "add max sync", "rem": "", "ret": "", "selp": "",
-    "setp": "eq ge geu gt le leu lt ltu ne neu num", "shfl": "bfly idx sync up", "shl": "", "shr": "",
+    "prmt": "", "rcp": "approx ftz", "red": "gpu relaxed global add", "redux": "add max sync", "rem": "", "ret": "",
+    "selp": "", "setp": "eq ge geu gt le leu lt ltu ne neu num", "shfl": "bfly idx sync up", "shl": "", "shr": "",
     "sqrt": "approx ftz", "st": "global shared shared_cta", "stmatrix": "aligned m8n8 shared sync", "sub": "ftz rn",
     "wgmma": "aligned mma_async sync fence commit_group wait_group", "xor": "",
 }  # fmt: skip
@@ -204,7 +204,7 @@ class Translation(Operands):
 
     def on_atom(self, one):
         space, kind = self.space(one), one.modifiers[-1]
-        targets, address, values = one.operands
+        targets, address, values = one.operands if one.operation == "atom" else ([], *one.operands)
         values = [f"M.full({self.read(name, kind)})" for name in parts_of(values)]
         self.lines.append(
             f"t = M.add_{space}({self.address(address, 'u32' if space == 'shared' else 'u64')}, {self.active(one)}, "
@@ -212,6 +212,10 @@ class Translation(Operands):
         )
         for place, name in enumerate(parts_of(targets)):
             self.write(one, name, f"t[{place}]", kind)
+
+    def on_red(self, one):
+        """An atomic operation of which nobody wants to know what was there."""
+        self.on_atom(one)
 
     def on_cp(self, one):
         if "wait_group" in one.modifiers:

@@ -6,11 +6,11 @@ Run: pytest tests/test_ptx_machine.py
 import numpy as np
 import pytest
 import torch
-from ptx_machine import launch
+from ptx_global_memory import GlobalMemory
 from ptx_memory import MemoryFault
+from ptx_written_by_hand import THREADS, run
 
 
-THREADS = 64
 SHARE = """
     mov.u32 %r1, %tid.x;
     mul.lo.s32 %r2, %r1, 4;
@@ -40,15 +40,6 @@ COPY = """
 """
 
 
-def run(body, *arguments, threads=THREADS, grid=(1, 1, 1), shared=4096, programs=None):
-    """A launch of what is between the braces of a kernel."""
-    kinds = ["u64" if isinstance(argument, torch.Tensor) else "u32" for argument in arguments]
-    parameters = ",\n".join(f"\t.param .{kind} kernel_param_{place}" for place, kind in enumerate(kinds))
-    registers = ".reg .pred %p<9>;\n.reg .b16 %rs<9>;\n.reg .b32 %r<99>;\n.reg .b64 %rd<9>;\n"
-    text = f".visible .entry kernel(\n{parameters}\n)\n.reqntid {threads}\n{{\n{registers}{body}\n}}\n"
-    launch(text, shared, grid, list(arguments), programs)
-
-
 def result_of(computation, x=None, dtype=torch.int32):
     """What `%r4` holds in each thread; `%r5` holds the numbers of `x`."""
     out = torch.zeros(THREADS, dtype=dtype)
@@ -70,9 +61,23 @@ def test_every_program_writes_its_own_part():
     assert set((out.nonzero().squeeze(1) // THREADS).tolist()) == {1, 3}
 
 
-@pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65_536, 1), (1, 1, 65_536)])
+def test_the_last_program_of_the_largest_grid():
+    out, sizes = torch.zeros(3, dtype=torch.int32), (2**31 - 1, 65_535, 65_535)
+    places = [f"mov.u32 %r{place + 4}, %ctaid.{axis};\n" for place, axis in enumerate("xyz")]
+    stores = [f"st.global.b32 [%rd1+{4 * place}], %r{place + 4};\n" for place in range(3)]
+    last = sizes[0] * sizes[1] * sizes[2] - 1
+    run(
+        "ld.param.b64 %rd1, [kernel_param_0];\n" + "".join([*places, *stores, "ret;"]),
+        out,
+        grid=sizes,
+        programs=[last],
+    )
+    assert out.tolist() == [size - 1 for size in sizes]
+
+
+@pytest.mark.parametrize("grid", [(2**31, 1, 1), (1, 65_536, 1), (1, 1, 65_536), (1, 0, 1)])
 def test_a_grid_that_no_gpu_takes_is_refused(grid):
-    with pytest.raises(ValueError, match=r"grid must have at most \(2147483647, 65535, 65535\) programs, got"):
+    with pytest.raises(ValueError, match=r"grid must have 1 to \(2147483647, 65535, 65535\) programs, got"):
         run("ret;", grid=grid)
 
 
@@ -202,7 +207,7 @@ def test_integers_that_differ_are_no_rounding():
 @pytest.fixture(params=[False, True], ids=["copied", "in place"])
 def of_any_size(request, monkeypatch):
     if request.param:
-        monkeypatch.setattr("ptx_memory.IN_PLACE", 1)
+        monkeypatch.setattr("ptx_global_memory.IN_PLACE", 1)
 
 
 @pytest.mark.usefixtures("of_any_size")
@@ -231,6 +236,8 @@ def test_a_large_tensor_beside_a_small_one():
     load = "ld.param.b64 %rd4, [kernel_param_1];\nmul.wide.u32 %rd5, %r1, 4;\nadd.s64 %rd6, %rd4, %rd5;\n"
     run("mov.u32 %r1, %tid.x;\n" + load + "ld.global.b32 %r4, [%rd6];\n" + STORE, large[-THREADS:], x)
     assert torch.equal(large[-THREADS:], x)
+    memory = GlobalMemory([large, x])
+    assert memory.buffer.size < 2**20 and memory.origin + memory.address(large) == large.data_ptr()
     with pytest.raises(MemoryFault, match="outside of every tensor"):
         run("mov.u32 %r1, %tid.x;\n" + STORE, large[1 - THREADS :], x)
 

@@ -115,7 +115,10 @@ def _descent_reduce_kernel(
     p_grad, p_logits, p_mask, p_dual, p_temperature, p_arriving, p_saturated,
     n_logits, n_split, n_chunk, n_steps, HAS_MASK: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program a split: the gradient that arrives at the last dual, and how many entries each dual saturates."""
+    """One program a split: the gradient that arrives at the last dual, and how many entries each dual saturates.
+
+    `p_saturated` holds zeros.
+    """
     i_program = tl.program_id(0).to(tl.int64)
     i_row, i_split = i_program // n_split, i_program % n_split
     o_row, o_chunk = i_row * n_logits, i_split * n_chunk
@@ -135,7 +138,8 @@ def _descent_reduce_kernel(
             dual = tl.load(p_dual + i_row * n_steps + i_step)
             count = tl.sum((_shifted(b_value, dual, dual * 0 + 1) > 0).to(tl.int32), axis=0)
             p_here = p_saturated + (i_row * n_steps + i_step) * n_split + i_split
-            tl.store(p_here, tl.where(start > 0, tl.load(p_here), 0) + count)
+            # Nobody else adds there; but a number that is loaded is loaded by every thread, and stored by one of them.
+            tl.atomic_add(p_here, count, sem="relaxed")
     tl.store(p_arriving + i_program, tl.sum(b_arriving, axis=0))
 
 
@@ -201,7 +205,7 @@ def descent_backward(
         return grad_logits, grad_k
     splits, config = Splits.of(logits), stream_config(logits)
     arriving = logits.new_empty(rows, splits.number, dtype=torch.float32)
-    saturated = logits.new_empty(rows, steps, splits.number, dtype=torch.int32)
+    saturated = logits.new_zeros(rows, steps, splits.number, dtype=torch.int32)
     factor = logits.new_empty(rows, steps, dtype=torch.float32)
     schedule = torch.tensor(temperatures, dtype=torch.float64, device=logits.device)
     masks, flags = logits if mask is None else mask.view(torch.uint8), {"HAS_MASK": mask is not None}
