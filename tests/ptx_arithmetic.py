@@ -65,6 +65,14 @@ def shift_right(a, count):
     return shifted if a.dtype.kind == "i" else np.where(count < bits, shifted, a.dtype.type(0))
 
 
+def high_part(a, b):
+    """`mul.hi`: the upper half of a product of twice as many bits."""
+    bits, kind = 8 * a.dtype.itemsize, a.dtype.kind
+    assert bits < 64, "numpy has no numbers of 128 bits"
+    wide = np.dtype(f"{kind}{a.dtype.itemsize * 2}")
+    return (a.astype(wide) * b.astype(wide) >> wide.type(bits)).astype(a.dtype)
+
+
 def extract_bits(a, start, length):
     """`bfe`: `length` bits from `start` on; the sign of the last one fills the rest of a signed number."""
     bits = a.dtype.itemsize * 8

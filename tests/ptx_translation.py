@@ -19,7 +19,7 @@ FORMS = {
     "cvt": "ftz rmi rn rpi rzi", "cvta": "local", "div": "full rn", "ex2": "approx ftz",
     "fence": "proxy async shared_cta", "fma": "ftz rn", "ld": "global param shared",
     "ldmatrix": "aligned m8n8 shared sync trans", "mad": "lo wide", "max": "relu", "min": "relu",
-    "mma": "aligned col row sync", "mov": "", "mul": "lo rn wide ftz", "neg": "", "not": "", "or": "", "popc": "",
+    "mma": "aligned col row sync", "mov": "", "mul": "hi lo rn wide ftz", "neg": "", "not": "", "or": "", "popc": "",
     "prmt": "", "rcp": "approx ftz", "red": "gpu relaxed global add", "redux": "add max sync", "rem": "", "ret": "",
     "selp": "", "setp": "eq ge geu gt le leu lt ltu ne neu num", "shfl": "bfly idx sync up", "shl": "", "shr": "",
     "sqrt": "approx ftz", "st": "global shared shared_cta", "stmatrix": "aligned m8n8 shared sync", "sub": "ftz rn",
@@ -82,6 +82,8 @@ class Translation(Operands):
     def on_mul(self, one):
         if "wide" in one.modifiers:
             self.multiply_wide(one, "{0} * {1}")
+        elif "hi" in one.modifiers:
+            self.compute(one, "high_part({0}, {1})")
         else:
             self.compute(one, "{0} * {1}")
 

@@ -87,6 +87,8 @@ def test_a_grid_that_no_gpu_takes_is_refused(grid):
         ("shl.b32 %r4, %r5, 40;", lambda x: torch.zeros_like(x)),
         ("shr.s32 %r4, %r5, 40;", lambda x: -(x < 0).int()),
         ("div.s32 %r4, %r5, 7;", lambda x: torch.div(x, 7, rounding_mode="trunc").int()),
+        ("mul.hi.s32 %r4, %r5, 1431655766;", lambda x: (x.long() * 1431655766) >> 32),
+        ("mul.hi.u32 %r4, %r5, -2;", lambda x: ((x.long() & 0xFFFFFFFF) * 0xFFFFFFFE) >> 32),
         ("rem.s32 %r4, %r5, 7;", lambda x: torch.fmod(x, 7)),
         ("min.relu.s32 %r4, %r5, 9;", lambda x: x.clamp(0, 9)),
         ("bfe.s32 %r4, %r5, 3, 4;", lambda x: ((x >> 3) & 15) - 16 * ((x >> 6) & 1)),
@@ -296,7 +298,7 @@ def test_a_product_reads_what_was_fenced():
 @pytest.mark.parametrize(
     "instruction",
     [
-        "tcgen05.alloc.b32 [%r1], 32;", "mul.hi.s32 %r1, %r2, %r3;", "max.NaN.f32 %r1, %r2, %r3;",
+        "tcgen05.alloc.b32 [%r1], 32;", "mad.hi.s32 %r1, %r2, %r3, %r4;", "max.NaN.f32 %r1, %r2, %r3;",
         "cvt.rni.f32.f32 %r1, %r2;", "cvt.rn.relu.f16.f32 %rs1, %r2;", "add.sat.f32 %r1, %r2, %r3;",
         "shfl.sync.down.b32 %r1, %r2, 1, 31, -1;", "bar.sync 1, 32;", "fence.acq_rel.gpu ;",
         "ld.const.b32 %r1, [%rd1];", "cp.async.bulk.commit_group ;", "setp.lt.ftz.f32 %p1, %r1, %r2;",
