@@ -84,6 +84,10 @@ def cases():
             what = f"{'backward' if gradients else 'forward'} {name}"
             call = partial(attend, dtype, 128, "exponential", 256, True, gradients)
             found.append(KernelCase(f"causal {what} d128 exponential", False, call, tight=dtype == torch.float16))
+            # What a head takes in shared memory may not grow with it.
+            for head_dim in (256, 512):
+                call = partial(attend, dtype, head_dim, "exponential", 256, True, gradients)
+                found.append(KernelCase(f"causal {what} d{head_dim} exponential", False, call))
             call = partial(attend, dtype, 256, "gelu", 266, True, gradients, True)
             found.append(KernelCase(f"causal {what} d256 gelu, every option", False, call))
     return found

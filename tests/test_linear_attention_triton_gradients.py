@@ -89,6 +89,13 @@ def test_several_tiles_of_everything(name, causal, nan_poisoned):
     assert_gradients(make_case(name, 17, causal=causal, head_dim=18, value_dim=20, batch=2), causal=causal)
 
 
+@pytest.mark.parametrize("head_dim, value_dim", [(136, 5), (8, 132)], ids=["head", "values"])
+@causal_or_not
+def test_heads_and_values_longer_than_what_is_unrolled(head_dim, value_dim, causal, nan_poisoned):
+    case = make_case("softmax-large-epsilon", 19, causal=causal, head_dim=head_dim, value_dim=value_dim, features=20)
+    assert_gradients(case, causal=causal)
+
+
 @pytest.mark.parametrize("name", ["softmax-large-epsilon", "optimal-positive", "gelu", "identity-of-inputs"])
 @causal_or_not
 def test_features_that_fill_their_tiles(name, causal, nan_poisoned):

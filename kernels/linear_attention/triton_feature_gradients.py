@@ -24,6 +24,7 @@ from .feature_maps import EXPONENTIAL
 from .launch_plan import Chunks, MapTensors, operand_dtype, precision
 from .launch_table import FEATURE_GRADIENTS
 from .triton_features import (
+    UNROLLED,
     apply_map,
     derivative_of_map,
     exponential,
@@ -60,6 +61,58 @@ def _through_map(
         # Chosen, not multiplied: a chunk without rows has no state, and there stands what happens to stand there.
         b_gradient = tl.where(m_logits, b_gradient, 0.0)
     return b_gradient
+
+
+@triton.jit
+def _add_to_square(
+    b_square, p_left, p_right, o_rows, m_own, m_other, o_value, stride_left_row, stride_left_column, stride_right_row,
+    stride_right_column, VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, OPERAND: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """The square `[own, other]`, and what the values from `o_value` on add to it."""
+    o_values = o_value + tl.arange(0, BLOCK_VALUES)
+    m_values = o_values < VALUES
+    b_left = load_tile(p_left, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
+    b_right = load_tile(
+        p_right, o_rows, m_other, o_values, m_values, stride_right_row, stride_right_column, True
+    )  # [BLOCK_VALUES, CHUNK]
+    return tl.dot(b_left.to(OPERAND), b_right.to(OPERAND), b_square, input_precision=PRECISION)
+
+
+@triton.jit
+def _add_to_floor(
+    b_floor, sum_of_sums, p_left, p_states, p_sums, o_rows, m_own, o_value, num_features, stride_left_row,
+    stride_left_column, VALUES: tl.constexpr, BLOCK_FEATURES: tl.constexpr, BLOCK_VALUES: tl.constexpr,
+    WHOLE: tl.constexpr,
+):  # fmt: skip
+    """The sums over all features, and what the values from `o_value` on add to them."""
+    o_values = o_value + tl.arange(0, BLOCK_VALUES)
+    m_values = o_values < VALUES
+    b_state = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
+    for o_feature in range(0, num_features, BLOCK_FEATURES):
+        o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
+        m_features = within(o_features, num_features, WHOLE)
+        b_part = load_tile(p_states, o_features, m_features, o_values, m_values, VALUES, 1, False)
+        b_state += tl.sum(b_part.to(tl.float32), axis=0)
+        if o_value == 0:
+            sum_of_sums += tl.sum(tl.load(p_sums + o_features, mask=m_features, other=0.0), axis=0)
+    b_left = load_tile(p_left, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
+    b_floor += tl.sum(b_left.to(tl.float32) * b_state[None, :], axis=1)
+    return b_floor, sum_of_sums
+
+
+@triton.jit
+def _add_from_state(
+    b_gradient, p_left, p_states, o_rows, m_own, o_features, m_features, o_value, stride_left_row, stride_left_column,
+    VALUES: tl.constexpr, BLOCK_VALUES: tl.constexpr, OPERAND: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Gradient of the features, and what the state's values from `o_value` on add to it."""
+    o_values = o_value + tl.arange(0, BLOCK_VALUES)
+    m_values = o_values < VALUES
+    b_left = load_tile(p_left, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
+    b_s = load_tile(p_states, o_features, m_features, o_values, m_values, VALUES, 1, True)
+    b_s = to_operand(b_s, OPERAND, PRECISION)  # [BLOCK_VALUES, BLOCK_FEATURES]
+    return tl.dot(b_left.to(OPERAND), b_s, b_gradient, input_precision=PRECISION)
 
 
 @triton.jit
@@ -130,14 +183,18 @@ def _feature_gradients(
         if CAUSAL:
             m_other = m_keep if OF_QUERY else m_rows
             b_square = tl.zeros([CHUNK, CHUNK], dtype=tl.float32)  # [own, other]
-            for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
-                o_values = o_value + tl.arange(0, BLOCK_VALUES)
-                m_values = o_values < VALUES
-                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
-                b_right = load_tile(
-                    p_r, o_rows, m_other, o_values, m_values, stride_right_row, stride_right_column, True
-                )  # [BLOCK_VALUES, CHUNK]
-                b_square = tl.dot(b_left.to(OPERAND), b_right.to(OPERAND), b_square, input_precision=PRECISION)
+            if VALUES <= UNROLLED:
+                for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
+                    b_square = _add_to_square(
+                        b_square, p_l, p_r, o_rows, m_own, m_other, o_value, stride_left_row, stride_left_column,
+                        stride_right_row, stride_right_column, VALUES, BLOCK_VALUES, OPERAND, PRECISION,
+                    )  # fmt: skip
+            else:
+                for o_value in range(0, VALUES, BLOCK_VALUES):
+                    b_square = _add_to_square(
+                        b_square, p_l, p_r, o_rows, m_own, m_other, o_value, stride_left_row, stride_left_column,
+                        stride_right_row, stride_right_column, VALUES, BLOCK_VALUES, OPERAND, PRECISION,
+                    )  # fmt: skip
             o_place = tl.arange(0, CHUNK)
             if OF_QUERY:
                 m_visible = (o_place[None, :] <= o_place[:, None]) & m_keep[None, :] & m_rows[:, None]
@@ -152,19 +209,18 @@ def _feature_gradients(
         if HAS_FLOOR:
             # The sums over all features, of which every tile needs a part.
             sum_of_sums = 0.0
-            for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
-                o_values = o_value + tl.arange(0, BLOCK_VALUES)
-                m_values = o_values < VALUES
-                b_state = tl.zeros([BLOCK_VALUES], dtype=tl.float32)
-                for o_feature in range(0, num_features, BLOCK_FEATURES):
-                    o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
-                    m_features = within(o_features, num_features, WHOLE)
-                    b_part = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, False)
-                    b_state += tl.sum(b_part.to(tl.float32), axis=0)
-                    if o_value == 0:
-                        sum_of_sums += tl.sum(tl.load(p_z + o_features, mask=m_features, other=0.0), axis=0)
-                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
-                b_floor += tl.sum(b_left.to(tl.float32) * b_state[None, :], axis=1)
+            if VALUES <= UNROLLED:
+                for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
+                    b_floor, sum_of_sums = _add_to_floor(
+                        b_floor, sum_of_sums, p_l, p_s, p_z, o_rows, m_own, o_value, num_features, stride_left_row,
+                        stride_left_column, VALUES, BLOCK_FEATURES, BLOCK_VALUES, WHOLE,
+                    )  # fmt: skip
+            else:
+                for o_value in range(0, VALUES, BLOCK_VALUES):
+                    b_floor, sum_of_sums = _add_to_floor(
+                        b_floor, sum_of_sums, p_l, p_s, p_z, o_rows, m_own, o_value, num_features, stride_left_row,
+                        stride_left_column, VALUES, BLOCK_FEATURES, BLOCK_VALUES, WHOLE,
+                    )  # fmt: skip
             b_floor = b_factor * (b_floor - b_products * sum_of_sums if OF_QUERY else b_floor + sum_of_sums)
             if CAUSAL:
                 b_floor += (1.0 + num_features * epsilon) * tl.sum(b_square, axis=1)
@@ -178,13 +234,18 @@ def _feature_gradients(
             o_features = o_feature + tl.arange(0, BLOCK_FEATURES)
             m_features = within(o_features, num_features, WHOLE)
             b_gradient = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
-            for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
-                o_values = o_value + tl.arange(0, BLOCK_VALUES)
-                m_values = o_values < VALUES
-                b_left = load_tile(p_l, o_rows, m_own, o_values, m_values, stride_left_row, stride_left_column, False)
-                b_s = load_tile(p_s, o_features, m_features, o_values, m_values, VALUES, 1, True)
-                b_s = to_operand(b_s, OPERAND, PRECISION)  # [BLOCK_VALUES, BLOCK_FEATURES]
-                b_gradient = tl.dot(b_left.to(OPERAND), b_s, b_gradient, input_precision=PRECISION)
+            if VALUES <= UNROLLED:
+                for o_value in tl.static_range(0, VALUES, BLOCK_VALUES):
+                    b_gradient = _add_from_state(
+                        b_gradient, p_l, p_s, o_rows, m_own, o_features, m_features, o_value, stride_left_row,
+                        stride_left_column, VALUES, BLOCK_VALUES, OPERAND, PRECISION,
+                    )  # fmt: skip
+            else:
+                for o_value in range(0, VALUES, BLOCK_VALUES):
+                    b_gradient = _add_from_state(
+                        b_gradient, p_l, p_s, o_rows, m_own, o_features, m_features, o_value, stride_left_row,
+                        stride_left_column, VALUES, BLOCK_VALUES, OPERAND, PRECISION,
+                    )  # fmt: skip
             b_z = tl.load(p_z + o_features, mask=m_features, other=0.0)[None, :]
             b_gradient = (b_gradient - b_products[:, None] * b_z if OF_QUERY else b_gradient + b_z) * b_factor[:, None]
             if CAUSAL:

@@ -14,6 +14,9 @@ except ImportError as error:
 
 EMPTY = tl.constexpr(-1.0e30)  # state.EMPTY_LOG_SCALE
 LOG2_E = tl.constexpr(1.4426950408889634)
+# The tiles along a head up to this size are unrolled. What is unrolled stands in shared memory side by side: of longer
+# heads it would not fit.
+UNROLLED = tl.constexpr(128)
 
 
 @triton.jit
@@ -109,6 +112,31 @@ def load_keep(p_mask, i_batch, o_rows, m_rows, stride_mask, HAS_MASK: tl.constex
 
 
 @triton.jit
+def _add_products(
+    b_logits, p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, o_features, m_features, o_head,
+    HEAD: tl.constexpr, BLOCK_HEAD: tl.constexpr, TRANSPOSED: tl.constexpr, SPLIT: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Logits, and what the columns from `o_head` on add to them."""
+    o_columns = o_head + tl.arange(0, BLOCK_HEAD)
+    m_columns = o_columns < HEAD
+    b_rows = load_tile(p_rows, o_rows, m_rows, o_columns, m_columns, stride_row, stride_column, TRANSPOSED)
+    b_rows = b_rows.to(p_high.dtype.element_ty)
+    b_high = load_tile(p_high, o_features, m_features, o_columns, m_columns, HEAD, 1, not TRANSPOSED)
+    if TRANSPOSED:  # [BLOCK_FEATURES, BLOCK_HEAD] @ [BLOCK_HEAD, CHUNK]
+        b_logits = tl.dot(b_high, b_rows, b_logits, input_precision=PRECISION)
+    else:  # [CHUNK, BLOCK_HEAD] @ [BLOCK_HEAD, BLOCK_FEATURES]
+        b_logits = tl.dot(b_rows, b_high, b_logits, input_precision=PRECISION)
+    if SPLIT:
+        b_low = load_tile(p_low, o_features, m_features, o_columns, m_columns, HEAD, 1, not TRANSPOSED)
+        if TRANSPOSED:
+            b_logits = tl.dot(b_low, b_rows, b_logits, input_precision=PRECISION)
+        else:
+            b_logits = tl.dot(b_rows, b_low, b_logits, input_precision=PRECISION)
+    return b_logits
+
+
+@triton.jit
 def load_logits(
     p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, p_bias, o_feature, num_features, scale,
     HEAD: tl.constexpr, CHUNK: tl.constexpr, BLOCK_HEAD: tl.constexpr, BLOCK_FEATURES: tl.constexpr,
@@ -123,22 +151,18 @@ def load_logits(
             b_logits = tl.zeros([BLOCK_FEATURES, CHUNK], dtype=tl.float32)
         else:
             b_logits = tl.zeros([CHUNK, BLOCK_FEATURES], dtype=tl.float32)
-        for o_head in tl.static_range(0, HEAD, BLOCK_HEAD):
-            o_columns = o_head + tl.arange(0, BLOCK_HEAD)
-            m_columns = o_columns < HEAD
-            b_rows = load_tile(p_rows, o_rows, m_rows, o_columns, m_columns, stride_row, stride_column, TRANSPOSED)
-            b_rows = b_rows.to(p_high.dtype.element_ty)
-            b_high = load_tile(p_high, o_features, m_features, o_columns, m_columns, HEAD, 1, not TRANSPOSED)
-            if TRANSPOSED:  # [BLOCK_FEATURES, BLOCK_HEAD] @ [BLOCK_HEAD, CHUNK]
-                b_logits = tl.dot(b_high, b_rows, b_logits, input_precision=PRECISION)
-            else:  # [CHUNK, BLOCK_HEAD] @ [BLOCK_HEAD, BLOCK_FEATURES]
-                b_logits = tl.dot(b_rows, b_high, b_logits, input_precision=PRECISION)
-            if SPLIT:
-                b_low = load_tile(p_low, o_features, m_features, o_columns, m_columns, HEAD, 1, not TRANSPOSED)
-                if TRANSPOSED:
-                    b_logits = tl.dot(b_low, b_rows, b_logits, input_precision=PRECISION)
-                else:
-                    b_logits = tl.dot(b_rows, b_low, b_logits, input_precision=PRECISION)
+        if HEAD <= UNROLLED:
+            for o_head in tl.static_range(0, HEAD, BLOCK_HEAD):
+                b_logits = _add_products(
+                    b_logits, p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, o_features,
+                    m_features, o_head, HEAD, BLOCK_HEAD, TRANSPOSED, SPLIT, PRECISION,
+                )  # fmt: skip
+        else:
+            for o_head in range(0, HEAD, BLOCK_HEAD):
+                b_logits = _add_products(
+                    b_logits, p_rows, o_rows, m_rows, stride_row, stride_column, p_high, p_low, o_features,
+                    m_features, o_head, HEAD, BLOCK_HEAD, TRANSPOSED, SPLIT, PRECISION,
+                )  # fmt: skip
     else:
         b_logits = load_tile(p_rows, o_rows, m_rows, o_features, m_features, stride_row, stride_column, TRANSPOSED)
         b_logits = b_logits.to(tl.float32) * scale
