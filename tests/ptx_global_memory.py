@@ -9,7 +9,7 @@ import ctypes
 import numpy as np
 import torch
 from ptx_meetings import Meetings
-from ptx_memory import MemoryFault
+from ptx_shared_memory import MemoryFault
 
 
 GUARD = 4096  # bytes between two copies

@@ -11,9 +11,9 @@ import ptx_matrix
 import torch
 from ptx_global_memory import GlobalMemory
 from ptx_meetings import WARP_BITS, key_of
-from ptx_memory import SharedMemory
 from ptx_operands import STORAGE
 from ptx_program import parse
+from ptx_shared_memory import SharedMemory
 from ptx_translation import END, Translation
 
 

@@ -8,7 +8,7 @@ import functools
 
 import numpy as np
 from ptx_arithmetic import from_bf16, to_tf32
-from ptx_memory import MemoryFault
+from ptx_shared_memory import MemoryFault
 
 
 LANE = np.arange(32)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from ptx_global_memory import GlobalMemory
-from ptx_memory import MemoryFault
+from ptx_shared_memory import MemoryFault
 from ptx_written_by_hand import THREADS, run
 
 

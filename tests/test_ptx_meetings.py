@@ -5,8 +5,8 @@ Run: pytest tests/test_ptx_meetings.py
 
 import pytest
 import torch
-from ptx_memory import MemoryFault
 from ptx_program import parse
+from ptx_shared_memory import MemoryFault
 from ptx_written_by_hand import THREADS, run
 
 

@@ -14,8 +14,8 @@ except ImportError as error:
 
 EMPTY = tl.constexpr(-1.0e30)  # state.EMPTY_LOG_SCALE
 LOG2_E = tl.constexpr(1.4426950408889634)
-# The tiles along a head up to this size are unrolled. What is unrolled stands in shared memory side by side: of longer
-# heads it would not fit.
+# Loops over the tiles of a head, or of the values, are unrolled up to this size. What is unrolled stands in shared
+# memory side by side: of longer ones it would not fit.
 UNROLLED = tl.constexpr(128)
 
 
